@@ -1,0 +1,176 @@
+"""The stack: encoder or decoder, from embeddings to normalised hidden states."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+
+from .attention import AttentionMask
+from .configuration_flash_t5 import FlashT5Config
+from .layers_flash_t5 import FlashT5Block, FlashT5LayerNorm
+
+
+class FlashT5Stack(nn.Module):
+    """Encoder or decoder.
+
+    Args:
+        config: the model's configuration.
+        embed: the model's embedding of `(input_ids, inputs_embeds)`, of which one is None. The stack owns no embedding:
+            there is one, under one name (`shared`), whatever replaces, resizes or wraps it.
+        is_decoder: causal, with cross-attention and cache.
+    """
+
+    main_input_name = "input_ids"
+
+    def __init__(self, config: FlashT5Config, embed: Callable[..., torch.Tensor], is_decoder: bool) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = embed
+        self.is_decoder = is_decoder
+        num_layers = config.num_decoder_layers if is_decoder else config.num_layers
+        self.block = nn.ModuleList([FlashT5Block(config, i, is_decoder) for i in range(num_layers)])
+        self.final_layer_norm = FlashT5LayerNorm(config.d_model, config.layer_norm_epsilon)
+        self.dropout = nn.Dropout(config.dropout_rate)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        segment_ids: torch.Tensor | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        encoder_segment_ids: torch.Tensor | None = None,
+        past_key_values: EncoderDecoderCache | None = None,
+        use_cache: bool = False,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> Any:
+        """Run the stack.
+
+        Args:
+            input_ids: int64 `[B, L]`, or
+            inputs_embeds: `[B, L, D]`, exactly one of the two.
+            attention_mask: `[B, L]`, in a decoder with cache `[B, past + L]`; non-zero for real tokens.
+            segment_ids: ints `[B, L]`, 0 for padding and 1..n for the sequences packed in a row.
+            encoder_hidden_states: `[B, Le, D]`, with the two below in a decoder only.
+            encoder_attention_mask: `[B, Le]`.
+            encoder_segment_ids: ints `[B, Le]`.
+            past_key_values: cache to extend.
+            use_cache: in a decoder, begin a cache if none is given.
+            output_attentions: return attention weights (computed by the eager implementation).
+            output_hidden_states: return the input of every layer and the output of the last norm.
+            return_dict: False for a tuple.
+
+        Returns:
+            `BaseModelOutputWithPastAndCrossAttentions`, or its values that are not None as a tuple.
+
+        Raises:
+            ValueError: if the inputs contradict each other; the message says how.
+        """
+        inputs_embeds = self.embed(input_ids, inputs_embeds)
+        output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        if self.training and self.block[0].gradient_checkpointing:
+            past_key_values = None  # recomputing a layer would extend the cache twice
+        elif use_cache and past_key_values is None:
+            past_key_values = EncoderDecoderCache(DynamicCache(), DynamicCache())
+
+        mask = self._self_attention_mask(inputs_embeds, attention_mask, segment_ids, past_key_values).build_dense()
+        cross_mask = None
+        if encoder_hidden_states is not None:
+            cross_mask = AttentionMask(
+                query_length=inputs_embeds.shape[1],
+                key_length=encoder_hidden_states.shape[1],
+                device=inputs_embeds.device,
+                key_mask=key_mask(encoder_attention_mask, encoder_hidden_states.shape[1]),
+                query_segments=segment_ids if encoder_segment_ids is not None else None,
+                key_segments=encoder_segment_ids,
+            ).build_dense()
+
+        hidden_states = self.dropout(inputs_embeds)
+        all_hidden_states, all_weights, all_cross_weights = [], [], []
+        bias = cross_bias = None
+        for block in self.block:
+            if output_hidden_states:
+                all_hidden_states.append(hidden_states)
+            hidden_states, bias, cross_bias, weights, cross_weights = block(
+                hidden_states,
+                None if self.config.relative_attention_per_layer else bias,
+                encoder_hidden_states,
+                cross_bias,
+                mask,
+                cross_mask,
+                past_key_values=past_key_values,
+                output_attentions=output_attentions,
+            )
+            all_weights.append(weights)
+            all_cross_weights.append(cross_weights)
+        hidden_states = self.dropout(self.final_layer_norm(hidden_states))
+        output = BaseModelOutputWithPastAndCrossAttentions(
+            last_hidden_state=hidden_states,
+            past_key_values=past_key_values,
+            hidden_states=(*all_hidden_states, hidden_states) if output_hidden_states else None,
+            attentions=tuple(all_weights) if output_attentions else None,
+            cross_attentions=tuple(all_cross_weights) if output_attentions and self.is_decoder else None,
+        )
+        return output if return_dict else output.to_tuple()
+
+    def _self_attention_mask(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        segment_ids: torch.Tensor | None,
+        past_key_values: EncoderDecoderCache | None,
+    ) -> AttentionMask:
+        length = key_length = inputs_embeds.shape[1]
+        offset: int | torch.Tensor = 0
+        if past_key_values is not None:
+            cache = past_key_values.self_attention_cache
+            offset = cache.get_seq_length()
+            if cache.is_compileable:  # a static cache is attended to over its whole allocation
+                key_length = static_length(cache)
+            else:
+                key_length = offset + length
+            if isinstance(offset, torch.Tensor):
+                offset = offset.clone()  # the cache counts on in place
+            if segment_ids is not None and not (isinstance(offset, int) and offset == 0):
+                raise ValueError("Packed segments cannot be continued from a cache: run them in one call.")
+        return AttentionMask(
+            query_length=length,
+            key_length=key_length,
+            device=inputs_embeds.device,
+            query_offset=offset,
+            causal=self.is_decoder,
+            key_mask=key_mask(attention_mask, key_length),
+            query_segments=segment_ids,
+            key_segments=segment_ids,
+        )
+
+
+def key_mask(attention_mask: torch.Tensor | None, key_length: int) -> torch.Tensor | None:
+    """Bool `[B, Lk]` from the user's `[B, Lk]` of zeros and ones.
+
+    Raises:
+        ValueError: if the mask does not cover every key.
+    """
+    if attention_mask is None:
+        return None
+    if attention_mask.ndim != 2 or attention_mask.shape[1] != key_length:
+        raise ValueError(
+            f"An attention mask must be [batch, {key_length}], one entry for each key (cached tokens included), "
+            f"got {list(attention_mask.shape)}. For packed sequences give segment ids."
+        )
+    return attention_mask.bool()
+
+
+def static_length(cache: Cache) -> int:
+    """Number of positions that a static cache holds."""
+    layer: Any = cache.layers[0]
+    return layer.max_cache_len

@@ -1,0 +1,91 @@
+"""The model's own tests under other releases of transformers, and repositories that cross from one to another."""
+
+import os
+import subprocess
+import sys
+from itertools import permutations
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+RELEASES = {"4.57": "transformers==4.57.*", "5.17": "transformers==5.17.*", "current": None}
+
+pytestmark = pytest.mark.versions
+
+
+@pytest.fixture(scope="module")
+def releases(tmp_path_factory) -> dict[str, str]:
+    """`PYTHONPATH` for each release: a folder with that transformers and its dependencies, before all else."""
+    paths = {}
+    for name, requirement in RELEASES.items():
+        if requirement is None:
+            paths[name] = ""
+            continue
+        folder = tmp_path_factory.mktemp(f"transformers_{name}")
+        # with `datasets`, which Trainer imports where it finds it and which must fit the same huggingface_hub
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(folder), requirement, "datasets"]
+        subprocess.run(pip, check=True)
+        paths[name] = str(folder)
+    return paths
+
+
+def run(release: str, paths: dict[str, str], *arguments, cwd: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": paths[release], "HF_HOME": str(cwd / f"hf_{release}")}
+    result = subprocess.run(
+        [sys.executable, *map(str, arguments)], cwd=cwd, env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, f"under transformers {release}:\n{result.stdout[-8000:]}{result.stderr[-4000:]}"
+
+
+@pytest.mark.parametrize("release", [name for name in RELEASES if RELEASES[name]])
+def test_every_test_of_the_model_passes(release, releases, tmp_path):
+    run(
+        release, releases, "-c", f"import transformers as t; assert t.__version__.startswith({release!r})", cwd=tmp_path
+    )
+    tests = [file for file in sorted(HERE.glob("test_*.py")) if file != Path(__file__)]
+    configuration = HERE.parents[1] / "pyproject.toml"
+    run(
+        release,
+        releases,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        "-c",
+        configuration,
+        *tests,
+        cwd=tmp_path,
+    )
+
+
+SAVE = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+from model_parity import SHAPE, batch, randomise
+from fat5.model import FlashT5Config, FlashT5ForConditionalGeneration
+
+config = FlashT5Config(**SHAPE, feed_forward_proj="gated-gelu", tie_word_embeddings=sys.argv[2] == "tied")
+model = FlashT5ForConditionalGeneration(config).eval()
+randomise(model)
+model.save_pretrained("first")
+inputs = batch("right")
+torch.save({"inputs": inputs, "logits": model(**inputs).logits.detach()}, "expected.pt")
+"""
+
+
+@pytest.mark.parametrize(
+    ("writer", "reader", "head"),
+    [
+        *((*pair, "untied") for pair in permutations(RELEASES, 2)),
+        ("4.57", "current", "tied"),
+        ("current", "4.57", "tied"),
+    ],
+)
+def test_repositories_cross_releases(writer, reader, head, releases, tmp_path):
+    run(writer, releases, "-c", SAVE, HERE, head, cwd=tmp_path)
+    fresh = HERE / "fresh_process.py"
+    run(reader, releases, fresh, "first", "expected.pt", "second", "delete", cwd=tmp_path)
+    run(writer, releases, fresh, "second", "expected.pt", cwd=tmp_path)
