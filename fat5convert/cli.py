@@ -1,0 +1,262 @@
+"""The command `fat5convert`: each function parses, calls and prints.
+
+Exit codes: 0 done, 1 the work failed, 2 wrong usage, 3 verification found a difference.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+from tqdm import tqdm
+
+from fat5convert.convert import DEFAULT_SHARD_SIZE, Plan, Report, plan_conversion
+from fat5convert.convert import convert as convert_model
+from fat5convert.errors import ConvertError, DifferenceError
+from fat5convert.export import export as export_model
+from fat5convert.inspection import inspect_model
+from fat5convert.precision import POLICIES
+from fat5convert.source import write_json
+from fat5convert.verify import verify as verify_model
+from fat5convert.writer import Advance
+
+_UNITS = {
+    "": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+}
+
+
+class DefaultCommand(click.Group):
+    """A group where `fat5convert MODEL OUT` means `fat5convert convert MODEL OUT`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Put `convert` in front unless a command, or an option of the group itself, comes first."""
+        if args and args[0] not in self.commands and args[0] not in ("--help", "-h", "--version"):
+            args = ["convert", *args]
+        return super().parse_args(ctx, args)
+
+
+class Bytes(click.ParamType[int]):
+    """A size such as 2GB, 500MB or 4GiB."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Parse it; a plain number is bytes."""
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", value.strip())
+        unit = _UNITS.get(match.group(2).upper()) if match else None
+        if match is None or unit is None or float(match.group(1)) * unit < 1:
+            self.fail(f"{value!r} is no size; write for example 2GB", param, ctx)
+        return int(float(match.group(1)) * unit)
+
+
+class Different(click.ClickException):
+    """Verification found a difference."""
+
+    exit_code = 3
+
+
+@contextmanager
+def _one_message() -> Iterator[None]:
+    """Turn an expected failure into one message and its exit code, without a traceback."""
+    try:
+        yield
+    except ConvertError as error:
+        raise (Different if isinstance(error, DifferenceError) else click.ClickException)(str(error)) from error
+
+
+@click.group(
+    cls=DefaultCommand,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Exit codes: 0 done, 1 the work failed, 2 wrong usage, 3 verification found a difference.",
+)
+@click.version_option(package_name="fat5")
+def main() -> None:
+    """Convert a T5 checkpoint into a FAT5 model that computes the same, and back.
+
+    MODEL is a folder or a Hub id; `fat5convert MODEL OUT` is short for `fat5convert convert MODEL OUT`.
+
+    \b
+    Examples:
+      fat5convert google/flan-t5-small flan-fat5/
+      fat5convert my-mt5/ my-fat5/ --dtype bfloat16
+      fat5convert export flan-fat5/ flan-t5-again/
+    """  # noqa: D301 (click's \b keeps the lines apart)
+
+
+@main.command()
+@click.argument("model")
+@click.argument("out", type=click.Path())
+@click.option("--dtype", type=click.Choice(list(POLICIES)), default="keep", show_default=True, help="keep is bit-exact")
+@click.option("--revision", help="branch, tag or commit of a Hub model")
+@click.option("--shard-size", type=Bytes(), default=DEFAULT_SHARD_SIZE, help="most bytes per file  [default: 2GB]")
+@click.option("--verify/--no-verify", default=True, show_default=True, help="compare with stock transformers")
+@click.option("--overwrite", is_flag=True, help="replace OUT if it is an earlier conversion")
+@click.option("--dry-run", is_flag=True, help="say what would be done, write nothing")
+def convert(
+    model: str,
+    out: str,
+    dtype: str,
+    revision: str | None,
+    shard_size: int,
+    verify: bool,
+    overwrite: bool,
+    dry_run: bool,
+) -> None:
+    """Convert MODEL into the folder OUT (the default command)."""
+    start = time.monotonic()
+    with _one_message():
+        if dry_run:
+            plan = plan_conversion(model, dtype=dtype, revision=revision)
+            _say_plan(plan)
+            click.echo(f"would write {_size(plan.nbytes)} to {out} (dry run: nothing was written)")
+            return
+        report = convert_model(
+            model,
+            out,
+            dtype=dtype,
+            revision=revision,
+            shard_size=shard_size,
+            verify=verify,
+            overwrite=overwrite,
+            progress=lambda plan: _bar(plan.nbytes, "converting"),
+        )
+    _say_plan(report.plan)
+    _say_precision(report)
+    click.echo(_parity_line(report.parity) if report.parity else "not verified (--no-verify)")
+    click.secho(f"{out}: {_size(report.plan.nbytes)} in {time.monotonic() - start:.1f} s", fg="green")
+
+
+@main.command()
+@click.argument("model")
+@click.option("--revision", help="branch, tag or commit of a Hub model")
+@click.option("--json", "as_json", is_flag=True, help="for scripts")
+def inspect(model: str, revision: str | None, as_json: bool) -> None:
+    """Say what MODEL is, and what converting it would do."""
+    with _one_message():
+        facts = inspect_model(model, revision)
+    if as_json:
+        click.echo(json.dumps(facts, indent=2))
+        return
+    click.secho(f"{facts['source']}: {facts['family']}", bold=True)
+    for name, decision in facts["decisions"].items():
+        click.echo(f"  {name}: {decision['value']} ({decision['reason']})")
+    click.echo("  sizes: " + ", ".join(f"{name} {value}" for name, value in facts["sizes"].items()))
+    dtypes = ", ".join(f"{name} {count:,}" for name, count in facts["dtypes"].items())
+    click.echo(f"  parameters: {facts['parameters']:,} in {facts['tensors']} tensors ({dtypes})")
+    memory = ", ".join(f"{name} {_size(count)}" for name, count in facts["memory"].items())
+    click.echo(f"  memory of the weights: {memory}")
+    click.echo(f"  every weight is a bfloat16 value already: {'yes' if facts['bfloat16_exact'] else 'no'}")
+    for name, reason in facts["leftovers"].items():
+        click.echo(f"  left behind: {name} ({reason})")
+
+
+@main.command()
+@click.argument("out", type=click.Path())
+@click.option("--against", metavar="SOURCE", help="folder or Hub id that OUT was converted from")
+@click.option("--revision", help="branch, tag or commit of a Hub source")
+def verify(out: str, against: str | None, revision: str | None) -> None:
+    """Check a converted folder: its hashes, and with --against also what it computes."""
+    with _one_message():
+        parity = verify_model(out, against, revision)
+        if parity["result"] != "same":
+            raise DifferenceError(f"{out} differs: " + "; ".join(parity["differences"]))
+        if against:
+            _record(out, parity)
+    click.secho(_parity_line(parity), fg="green")
+    if not against:
+        click.echo("checked against the recorded hashes; give --against SOURCE to compare what the models compute")
+
+
+@main.command()
+@click.argument("out", type=click.Path())
+@click.argument("t5_dir", type=click.Path())
+@click.option("--overwrite", is_flag=True, help="replace T5_DIR if it holds a T5")
+def export(out: str, t5_dir: str, overwrite: bool) -> None:
+    """Write the FAT5 folder OUT as a stock T5 folder T5_DIR."""
+    with _one_message():
+        exported = export_model(out, t5_dir, overwrite=overwrite, progress=lambda nbytes: _bar(nbytes, "exporting"))
+    for name, reason in exported.not_restored.items():
+        click.echo(f"not restored: {name} ({reason})")
+    for warning in exported.warnings:
+        click.secho(f"note: {warning}", fg="yellow")
+    size = f"{exported.tensors} tensors, {_size(exported.nbytes)}"
+    click.secho(f"{t5_dir}: stock {exported.model_type}, {size}", fg="green")
+
+
+def _record(out: str, parity: dict[str, Any]) -> None:
+    try:
+        write_json(Path(out) / "parity.json", parity)
+    except OSError as error:
+        raise ConvertError(f"{out}/parity.json: cannot be written ({error.strerror})") from error
+
+
+def _bar(total: int, title: str) -> Advance:
+    bar = tqdm(total=total, desc=title, unit="B", unit_scale=True, disable=None, leave=False)
+
+    def advance(count: int) -> None:
+        bar.update(count)
+        if bar.n >= total:
+            bar.close()
+
+    return advance
+
+
+def _say_plan(plan: Plan) -> None:
+    recognised = plan.recognised
+    head = f"head {'tied' if recognised.layout.tied else 'untied'}, {'scaled' if recognised.scaled else 'unscaled'}"
+    left = f", left behind: {', '.join(recognised.leftovers)}" if recognised.leftovers else ""
+    click.echo(f"{plan.checkpoint.location.label}: {recognised.title}, {plan.parameters:,} parameters, {head}")
+    click.echo(f"{len(plan.outputs)} tensors mapped, dtype {plan.dtype}{left}")
+
+
+def _say_precision(report: Report) -> None:
+    rounding = report.conversion["rounding"]
+    lossy = {name: error for name, error in rounding.items() if error["rms_relative"] > 0}
+    if not lossy:
+        return
+    name, error = next(iter(lossy.items()))
+    rms = max(item["rms_relative"] for item in lossy.values())
+    click.echo(
+        f"rounding: largest relative error {error['max_relative']:.2e} ({name}), largest RMS {rms:.2e}; "
+        "every tensor's is in conversion.json"
+    )
+
+
+def _parity_line(parity: dict[str, Any]) -> str:
+    tensors = parity["tensors"]
+    line = f"same: {tensors['compared']} tensors ({tensors['identical']} bit-identical, {tensors['rounded']} rounded)"
+    if parity["models"] is None:
+        return line
+    errors = ", ".join(
+        f"{m['attn_implementation']} {m['logits_error']:.1e}" for m in parity["models"]["implementations"]
+    )
+    rounding = parity["models"]["rounding"]
+    lost = f"; rounding moves logits by {rounding['logits_error']:.1e}" if rounding else ""
+    return f"{line}, logits within {errors} of stock, greedy tokens identical{lost}"
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB"
+
+
+if __name__ == "__main__":
+    main()

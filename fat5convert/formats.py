@@ -1,0 +1,198 @@
+"""Weight files, read lazily: safetensors and `torch.save` pickles, one tensor in memory at a time."""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+import re
+import struct
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Protocol, TypeGuard
+
+import torch
+
+from fat5convert.errors import ConvertError
+
+SAFETENSORS_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+# What torch.load lets through from the zip and pickle readers when a file is cut off or garbled.
+_MALFORMED = (RuntimeError, OSError, EOFError, ValueError, TypeError, LookupError, AttributeError, struct.error)
+MAX_HEADER_BYTES = 100_000_000  # the limit that the safetensors library sets
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What is known of a tensor without reading its values."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        """Number of values."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the values in bytes."""
+        return self.numel * self.dtype.itemsize
+
+
+class TensorFile(Protocol):
+    """A weight file: what it holds, and one tensor of it at a time."""
+
+    path: Path
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Name -> description of every tensor in the file."""
+        ...
+
+    def load(self, name: str) -> torch.Tensor:
+        """Return the values of one tensor, on the CPU."""
+        ...
+
+
+class SafetensorsFile:
+    """A `.safetensors` file; the header is checked against the file's size before anything is read.
+
+    Layout: 8 bytes little-endian header length, the JSON header, then the data without gaps
+    (https://github.com/huggingface/safetensors, "Format").
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._offsets: dict[str, int] = {}
+        self.tensors: dict[str, TensorInfo] = {}
+        self._read_header()
+
+    def load(self, name: str) -> torch.Tensor:
+        """Read one tensor.
+
+        Raises:
+            ConvertError: the file became shorter since its header was read.
+        """
+        info = self.tensors[name]
+        buffer = torch.empty(info.nbytes, dtype=torch.uint8)
+        with open(self.path, "rb", buffering=0) as file:
+            file.seek(self._offsets[name])
+            view, done = buffer.numpy().data, 0
+            while done < info.nbytes:
+                count = file.readinto(view[done:])
+                if not count:
+                    raise ConvertError(f"{self.path}: the file ended while tensor {name} was being read")
+                done += count
+        return buffer.view(info.dtype).view(info.shape)
+
+    def _read_header(self) -> None:
+        size = self.path.stat().st_size
+        with open(self.path, "rb") as file:
+            start = file.read(8)
+            length = int.from_bytes(start, "little")
+            if len(start) < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+                raise self._bad(f"truncated or no safetensors file (header of {length} bytes, file of {size})")
+            try:
+                header = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=_no_duplicates)
+            except (ValueError, RecursionError) as error:
+                raise self._bad(f"unreadable safetensors header ({error})") from error
+        if not isinstance(header, dict):
+            raise self._bad("the safetensors header is not a JSON object")
+        header.pop("__metadata__", None)
+
+        spans = []
+        for name, entry in header.items():
+            info, begin, end = self._read_entry(name, entry)
+            self.tensors[name] = info
+            self._offsets[name] = 8 + length + begin
+            spans.append((begin, end, name))
+        spans.sort()
+        data_size = size - 8 - length
+        if spans and spans[-1][1] > data_size:
+            raise self._bad(f"truncated: its header promises {spans[-1][1]} bytes of data, the file has {data_size}")
+        if (spans[-1][1] if spans else 0) != data_size or (spans and spans[0][0] != 0):
+            raise self._bad("its header does not account for all of its data")
+        for (_, end, name), (begin, _, following) in pairwise(spans):
+            if begin != end:
+                raise self._bad(f"tensors {name} and {following} overlap or leave a gap")
+
+    def _read_entry(self, name: str, entry: Any) -> tuple[TensorInfo, int, int]:
+        if not isinstance(entry, dict):
+            raise self._bad(f"tensor {name} has no description in the header")
+        dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+        if not isinstance(dtype, str) or dtype not in SAFETENSORS_DTYPES:
+            raise self._bad(f"tensor {name} has the unknown dtype {dtype!r}")
+        if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
+            raise self._bad(f"tensor {name} has a malformed shape or offsets in the header")
+        info = TensorInfo(SAFETENSORS_DTYPES[dtype], tuple(shape))
+        if offsets[1] - offsets[0] != info.nbytes:
+            raise self._bad(f"tensor {name} of shape {shape} {dtype} cannot fill {offsets[1] - offsets[0]} bytes")
+        return info, offsets[0], offsets[1]
+
+    def _bad(self, what: str) -> ConvertError:
+        return ConvertError(f"{self.path}: {what}. Download or copy the file again.")
+
+
+class PickleFile:
+    """A `pytorch_model.bin`; unpickled without running code, and memory-mapped where the format allows it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        # Files from before torch 1.6 are no zip archives and cannot be mapped: they are read whole.
+        mapped = zipfile.is_zipfile(path)
+        try:
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        except pickle.UnpicklingError as error:
+            unsafe = re.search(r"GLOBAL (\S+)", str(error))
+            if unsafe:
+                what = f"refused, because reading it would run code ({unsafe.group(1)})"
+                raise ConvertError(f"{path}: {what}. Ask its author for a safetensors file.") from error
+            raise ConvertError(f"{path}: truncated or no weights file. Download or copy it again.") from error
+        except _MALFORMED as error:
+            raise ConvertError(f"{path}: truncated or no weights file. Download or copy it again.") from error
+        if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
+            raise ConvertError(f"{path}: expected a plain dictionary of tensors (a state dict)")
+        self._state: dict[str, torch.Tensor] = loaded
+        self.tensors = {name: TensorInfo(t.dtype, tuple(t.shape)) for name, t in loaded.items()}
+
+    def load(self, name: str) -> torch.Tensor:
+        """Return one tensor; its pages are read from the file as they are touched."""
+        return self._state[name]
+
+
+def open_weights(path: Path) -> TensorFile:
+    """Open a weight file by its suffix.
+
+    Raises:
+        ConvertError: the file is missing, truncated, malformed, or a pickle that would run code.
+    """
+    if not path.is_file():
+        raise ConvertError(f"{path}: missing. The checkpoint needs this file.")
+    return SafetensorsFile(path) if path.suffix == ".safetensors" else PickleFile(path)
+
+
+def _are_sizes(value: Any) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a key appears twice")
+    return result

@@ -1,0 +1,189 @@
+"""THE table: the T5 name and the FAT5 name of every kind of tensor, its shape, and where it exists.
+
+Conversion reads it left to right, export right to left; nothing else in the converter knows a tensor name.
+T5 names are those of `transformers` (`models/t5/modeling_t5.py`, Apache-2.0), FAT5 names those of the published
+CATIE-AQ/FAT5 checkpoints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from fat5convert.errors import ConvertError
+from fat5convert.formats import TensorInfo
+
+Where = Literal["always", "untied", "gated", "plain", "bias"]
+
+
+class Row(NamedTuple):
+    """One kind of tensor. `{s}` stands for encoder and decoder, `{n}` for the layer; shapes name config sizes."""
+
+    t5: str
+    fat5: str
+    shape: tuple[str, ...]
+    where: Where = "always"
+
+
+_T5_SELF, _FAT5_SELF = "{s}.block.{n}.layer.0", "{s}.block.{n}.self_attention_layer"
+_T5_CROSS, _FAT5_CROSS = "decoder.block.{n}.layer.1", "decoder.block.{n}.cross_attention_layer"
+_T5_FF, _FAT5_FF = "{s}.block.{n}.layer.{ff}", "{s}.block.{n}.ff_layer"
+_T5_BIAS = "SelfAttention.relative_attention_bias.weight"
+_FAT5_BIAS = "self_attention.pe_encoding.relative_attention_bias.weight"
+
+TABLE: tuple[Row, ...] = (
+    Row("shared.weight", "shared.weight", ("vocab_size", "d_model")),
+    # Self-attention of both stacks.
+    Row(f"{_T5_SELF}.SelfAttention.q.weight", f"{_FAT5_SELF}.self_attention.Wq.weight", ("inner_dim", "d_model")),
+    Row(f"{_T5_SELF}.SelfAttention.k.weight", f"{_FAT5_SELF}.self_attention.Wk.weight", ("inner_dim", "d_model")),
+    Row(f"{_T5_SELF}.SelfAttention.v.weight", f"{_FAT5_SELF}.self_attention.Wv.weight", ("inner_dim", "d_model")),
+    Row(f"{_T5_SELF}.SelfAttention.o.weight", f"{_FAT5_SELF}.self_attention.o.weight", ("d_model", "inner_dim")),
+    Row(f"{_T5_SELF}.{_T5_BIAS}", f"{_FAT5_SELF}.{_FAT5_BIAS}", ("num_buckets", "num_heads"), "bias"),
+    Row(f"{_T5_SELF}.layer_norm.weight", f"{_FAT5_SELF}.layer_norm.weight", ("d_model",)),
+    # Cross-attention of the decoder.
+    Row(f"{_T5_CROSS}.EncDecAttention.q.weight", f"{_FAT5_CROSS}.cross_attention.Wq.weight", ("inner_dim", "d_model")),
+    Row(f"{_T5_CROSS}.EncDecAttention.k.weight", f"{_FAT5_CROSS}.cross_attention.Wk.weight", ("inner_dim", "d_model")),
+    Row(f"{_T5_CROSS}.EncDecAttention.v.weight", f"{_FAT5_CROSS}.cross_attention.Wv.weight", ("inner_dim", "d_model")),
+    Row(f"{_T5_CROSS}.EncDecAttention.o.weight", f"{_FAT5_CROSS}.cross_attention.o.weight", ("d_model", "inner_dim")),
+    Row(f"{_T5_CROSS}.layer_norm.weight", f"{_FAT5_CROSS}.layer_norm.weight", ("d_model",)),
+    # Feed-forward: the second sub-layer of an encoder block, the third of a decoder block.
+    Row(f"{_T5_FF}.DenseReluDense.wi_0.weight", f"{_FAT5_FF}.act.wi_0.weight", ("d_ff", "d_model"), "gated"),
+    Row(f"{_T5_FF}.DenseReluDense.wi_1.weight", f"{_FAT5_FF}.act.wi_1.weight", ("d_ff", "d_model"), "gated"),
+    Row(f"{_T5_FF}.DenseReluDense.wi.weight", f"{_FAT5_FF}.act.wi.weight", ("d_ff", "d_model"), "plain"),
+    Row(f"{_T5_FF}.DenseReluDense.wo.weight", f"{_FAT5_FF}.wo.weight", ("d_model", "d_ff")),
+    Row(f"{_T5_FF}.layer_norm.weight", f"{_FAT5_FF}.layer_norm.weight", ("d_model",)),
+    Row("{s}.final_layer_norm.weight", "{s}.final_layer_norm.weight", ("d_model",)),
+    Row("lm_head.weight", "lm_head.weight", ("vocab_size", "d_model"), "untied"),
+)  # fmt: skip
+
+
+class Leftover(NamedTuple):
+    """A T5 tensor that conversion may leave behind; `equal_to`: only if it holds the same bytes as that one."""
+
+    name: str
+    reason: str
+    equal_to: str | None = None
+
+
+LEFTOVERS: tuple[Leftover, ...] = (
+    Leftover("encoder.embed_tokens.weight", "a copy of the embedding", "shared.weight"),
+    Leftover("decoder.embed_tokens.weight", "a copy of the embedding", "shared.weight"),
+    Leftover("lm_head.weight", "the tied head, stored as a copy of the embedding", "shared.weight"),
+    Leftover(
+        "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",
+        "dead: T5 adds no position bias in cross-attention",
+    ),
+)
+# Where the embedding may be found; the first that the file has stands for `shared.weight`.
+EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The sizes and choices of a model that decide which tensors it has, and their shapes."""
+
+    vocab_size: int
+    d_model: int
+    d_kv: int
+    d_ff: int
+    num_layers: int
+    num_decoder_layers: int
+    num_heads: int
+    num_buckets: int
+    gated: bool
+    per_layer_bias: bool
+    tied: bool
+
+    @property
+    def inner_dim(self) -> int:
+        """Width of the heads together; need not be d_model."""
+        return self.num_heads * self.d_kv
+
+    def has(self, where: Where, layer: int) -> bool:
+        """Whether a model of this layout has the tensors of such a row in this layer."""
+        if where == "bias":
+            return layer == 0 or self.per_layer_bias
+        return {"always": True, "untied": not self.tied, "gated": self.gated, "plain": not self.gated}[where]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One tensor under both names."""
+
+    t5: str
+    fat5: str
+    shape: tuple[int, ...]
+
+
+def expand(layout: Layout, tensors: int) -> list[Pair]:
+    """Write the table out for one model: every tensor that it has, under both names, in the model's order.
+
+    Args:
+        layout: the model.
+        tensors: how many tensors the file holds, so that an absurd depth costs nothing.
+
+    Raises:
+        ConvertError: the model has more layers than the file has tensors.
+    """
+    if layout.num_layers + layout.num_decoder_layers > tensors:
+        stated = f"num_layers {layout.num_layers}, num_decoder_layers {layout.num_decoder_layers}"
+        raise ConvertError(f"{stated}: more layers than the file has tensors ({tensors})")
+    shared, *inner, head = TABLE
+    pairs = _fill(shared, layout, "", 0)
+    for stack, depth in (("encoder", layout.num_layers), ("decoder", layout.num_decoder_layers)):
+        rows = [row for row in inner if "{s}" in row.t5 or row.t5.startswith(stack)]
+        for layer in range(depth):
+            for row in rows:
+                if "{n}" in row.t5:
+                    pairs += _fill(row, layout, stack, layer)
+        for row in rows:
+            if "{n}" not in row.t5:
+                pairs += _fill(row, layout, stack, 0)
+    return pairs + _fill(head, layout, "", 0)
+
+
+def _fill(row: Row, layout: Layout, stack: str, layer: int) -> list[Pair]:
+    if not layout.has(row.where, layer):
+        return []
+    values = {"s": stack, "n": layer, "ff": 1 if stack == "encoder" else 2}
+    shape = tuple(getattr(layout, size) for size in row.shape)
+    return [Pair(row.t5.format(**values), row.fat5.format(**values), shape)]
+
+
+def check(
+    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, TensorInfo], allowed: Sequence[str] = ()
+) -> None:
+    """Hold a file's tensors against what the table says it must contain.
+
+    Args:
+        expected: name -> shape of every tensor that must be there.
+        found: name -> description of every tensor that is there.
+        allowed: names that may be there besides.
+
+    Raises:
+        ConvertError: tensors are missing, unknown or of a wrong shape; the message names them.
+    """
+    missing = [name for name in expected if name not in found]
+    unknown = [name for name in found if name not in expected and name not in allowed]
+    wrong = [
+        f"{name} has shape {list(found[name].shape)}, config.json says {list(shape)}"
+        for name, shape in expected.items()
+        if name in found and found[name].shape != shape
+    ]
+    problems = [
+        f"{len(names)} {what}: {_some(names)}"
+        for what, names in (
+            ("missing tensor(s)", missing),
+            ("unknown tensor(s)", unknown),
+            ("tensor(s) of wrong shape", wrong),
+        )
+        if names
+    ]
+    if problems:
+        raise ConvertError("the tensors do not fit config.json: " + "; ".join(problems))
+
+
+def _some(names: Sequence[str], limit: int = 8) -> str:
+    more = f", and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

@@ -1,0 +1,203 @@
+"""Where a checkpoint comes from: a local folder or a Hub id, opened as a raw config and lazy tensors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from fat5convert.errors import ConvertError
+from fat5convert.formats import TensorFile, TensorInfo, open_weights
+
+# In order of preference; an index lists the shards of a sharded checkpoint.
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+TOKENIZER_FILES = (
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "chat_template.jinja",
+)
+_SMALL_PATTERNS = ("config.json", "generation_config.json", *TOKENIZER_FILES)
+_SAFETENSORS_PATTERNS = ("model.safetensors", "model.safetensors.index.json", "model-*.safetensors")
+_PICKLE_PATTERNS = ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*.bin")
+
+
+@dataclass(frozen=True)
+class Location:
+    """A folder of files, and how to name it to others (never by a path of this machine)."""
+
+    folder: Path
+    name: str
+    revision: str | None
+
+    @property
+    def label(self) -> str:
+        """Name, with the commit if there is one."""
+        return f"{self.name}@{self.revision[:12]}" if self.revision else self.name
+
+
+def locate(model: str, revision: str | None = None) -> Location:
+    """Find MODEL: a folder if one exists under that name, else a Hub id, downloaded into the cache.
+
+    Args:
+        model: path of a folder, or `owner/name` on the Hub.
+        revision: branch, tag or commit on the Hub; the commit it stands for is pinned and recorded.
+
+    Raises:
+        ConvertError: no such folder or repo, no access, or no network and not in the cache.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        if revision is not None:
+            raise ConvertError(f"{model} is a local folder: --revision is for models of the Hub")
+        return local(folder)
+    if folder.exists():
+        raise ConvertError(f"{model} is a file: give the folder that holds config.json and the weights")
+    if model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise ConvertError(f"{model}: no such folder")
+    return _download(model, revision)
+
+
+def local(folder: Path) -> Location:
+    """The location of an existing folder."""
+    return Location(folder, folder.resolve().name, None)
+
+
+def _download(repo: str, revision: str | None) -> Location:
+    wanted = f"{repo} at revision {revision}" if revision else repo
+    try:
+        folder = Path(
+            snapshot_download(repo, revision=revision, allow_patterns=[*_SMALL_PATTERNS, *_SAFETENSORS_PATTERNS])
+        )
+        commit = folder.name
+        if not any((folder / name).exists() for name in WEIGHT_FILES):
+            snapshot_download(repo, revision=commit, allow_patterns=list(_PICKLE_PATTERNS))
+    except GatedRepoError as error:
+        raise ConvertError(
+            f"{wanted}: access to this model must be granted first. Visit its page, then log in."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise ConvertError(f"{wanted}: neither a folder here nor a model on the Hub (or it is private)") from error
+    except RevisionNotFoundError as error:
+        raise ConvertError(f"{wanted}: the Hub has no such revision of this model") from error
+    except HFValidationError as error:
+        raise ConvertError(f"{repo}: no such folder, and no valid Hub id") from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        message = f"{wanted}: not in the local cache, and the Hub cannot be reached"
+        raise ConvertError(f"{message}. Check the network and HF_HUB_OFFLINE, or give a local folder.") from error
+    except (HfHubHTTPError, OSError) as error:
+        raise ConvertError(f"{wanted}: the download failed ({error})") from error
+    return Location(folder, repo, commit)
+
+
+class Checkpoint:
+    """A model folder: its raw `config.json` and its tensors, loaded one at a time.
+
+    Raises:
+        ConvertError: a file is missing or malformed, an index names files outside the folder, or a tensor
+            that the index lists is in no shard.
+    """
+
+    def __init__(self, location: Location) -> None:
+        self.location = location
+        self.folder = location.folder
+        self.config = read_json(self.folder / "config.json")
+        self.weight_files: list[str] = []
+        self._homes: dict[str, TensorFile] = {}
+        for name in self._find_weights():
+            file = open_weights(self.folder / name)
+            self.weight_files.append(name)
+            for tensor in file.tensors:
+                if tensor in self._homes:
+                    raise ConvertError(f"{file.path}: tensor {tensor} is also in {self._homes[tensor].path.name}")
+                self._homes[tensor] = file
+        self._check_index()
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Every tensor of the checkpoint, by name."""
+        return {name: file.tensors[name] for name, file in self._homes.items()}
+
+    def load(self, name: str) -> torch.Tensor:
+        """Read one tensor."""
+        return self._homes[name].load(name)
+
+    def side_files(self) -> list[Path]:
+        """Tokenizer files and the generation config, those that exist."""
+        return [p for n in (*TOKENIZER_FILES, "generation_config.json") if (p := self.folder / n).is_file()]
+
+    def _find_weights(self) -> list[str]:
+        self._index: dict[str, str] = {}
+        for name in WEIGHT_FILES:
+            path = self.folder / name
+            if path.is_file() and name.endswith(".index.json"):
+                self._index = _read_index(path)
+                return sorted(set(self._index.values()))
+            if path.is_file():
+                return [name]
+        raise ConvertError(f"{self.folder}: no weights. Expected one of {', '.join(WEIGHT_FILES)}.")
+
+    def _check_index(self) -> None:
+        for tensor, shard in self._index.items():
+            if tensor not in self._homes:
+                raise ConvertError(f"{self.folder / shard}: lacks tensor {tensor}, which the index says it holds")
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ConvertError(f"{path}: has no weight_map")
+    suffix = path.name.removesuffix(".index.json").rsplit(".", 1)[1]
+    for shard in weight_map.values():
+        # A shard is a plain name beside the index: anything else could lead out of the folder.
+        if not isinstance(shard, str) or shard != Path(shard).name or not shard.endswith(f".{suffix}"):
+            raise ConvertError(f"{path}: names {shard!r} as a shard, which is no .{suffix} file beside it")
+    return weight_map
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        ConvertError: the file is missing, unreadable or holds something else.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConvertError(f"{path}: missing. A checkpoint is a folder with config.json and weights.") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConvertError(f"{path}: unreadable ({error})") from error
+    if not isinstance(value, dict):
+        raise ConvertError(f"{path}: expected a JSON object")
+    return value
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write a JSON object, indented, with a final newline."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

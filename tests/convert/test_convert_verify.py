@@ -1,0 +1,135 @@
+"""Verification notices what it is there to notice."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from toy_checkpoints import FAMILIES, edit_config
+
+from fat5convert import parity
+from fat5convert.convert import convert
+from fat5convert.errors import ConvertError, DifferenceError
+from fat5convert.verify import PARITY_SCHEMA, verify
+
+
+@pytest.fixture
+def out(converted: dict[str, Path], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(converted["t5-v1.1"], tmp_path / "out"))
+
+
+def flip_a_bit(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1000] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("against", [False, True])
+def test_a_flipped_bit(against: bool, out: Path, originals: dict[str, Path]) -> None:
+    source = str(originals["t5-v1.1"]) if against else None
+    assert verify(out, source)["result"] == "same"
+    flip_a_bit(out)
+    found = verify(out, source)
+    assert found["result"] == "different"
+    assert len(found["differences"]) == 1
+    assert found["differences"][0].startswith("tensor ")
+
+
+def test_another_source(out: Path, originals: dict[str, Path]) -> None:
+    found = verify(out, str(originals["mt5"]))
+    assert found["result"] == "different"
+    assert len(found["differences"]) > 30
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("scale_decoder_outputs", True), ("relative_attention_max_distance", 64), ("pad_token_id", 3)]
+)
+def test_a_changed_config(key: str, value: object, out: Path, originals: dict[str, Path]) -> None:
+    path = out / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    found = verify(out, str(originals["t5-v1.1"]))
+    assert [key in difference for difference in found["differences"]] == [True]
+
+
+def test_changed_code(out: Path) -> None:
+    with open(out / "modeling_flash_t5.py", "a") as file:
+        file.write("\n# changed\n")
+    assert "modeling_flash_t5.py" in verify(out)["differences"][0]
+
+
+@pytest.mark.parametrize("change", ["remove", "add"])
+@pytest.mark.parametrize("against", [False, True])
+def test_missing_and_added_tensors(change: str, against: bool, out: Path, originals: dict[str, Path]) -> None:
+    tensors = load_file(out / "model.safetensors")
+    if change == "remove":
+        del tensors["lm_head.weight"]
+    else:
+        tensors["extra"] = torch.zeros(1)
+    save_file(tensors, out / "model.safetensors")
+    found = verify(out, str(originals["t5-v1.1"]) if against else None)
+    assert len(found["differences"]) == 1
+    assert ("lm_head.weight" if change == "remove" else "extra") in found["differences"][0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_logits_are_really_compared(
+    family: str, originals: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that loads other weights than its file holds is caught by what it computes, and OUT does not appear."""
+    load = parity.FlashT5ForConditionalGeneration.from_pretrained
+
+    def load_with_an_error(*args: object, **kwargs: object) -> torch.nn.Module:
+        model = load(*args, **kwargs)
+        with torch.no_grad():
+            model.decoder.block[1].cross_attention_layer.cross_attention.o.weight[0, 0] += 0.5
+        return model
+
+    monkeypatch.setattr(parity.FlashT5ForConditionalGeneration, "from_pretrained", load_with_an_error)
+    with pytest.raises(DifferenceError, match="eager: logits_error"):
+        convert(str(originals[family]), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("family", ["t5-v1.0", "t5-v1.1", "umt5"])
+def test_a_wrong_scale_is_caught(
+    family: str, originals: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Were the family table wrong about scaling, the oracle, which does not read it, would say so."""
+    from fat5convert import families
+
+    right = families._scaling
+    monkeypatch.setattr(families, "_scaling", lambda raw, family: (not right(raw, family)[0], "wrong on purpose"))
+    with pytest.raises(DifferenceError, match="logits_error"):
+        convert(str(originals[family]), tmp_path / "out")
+
+
+def test_nan_is_a_difference(flan: Path, tmp_path: Path) -> None:
+    tensors = load_file(flan / "model.safetensors")
+    tensors["encoder.final_layer_norm.weight"][0] = float("nan")
+    save_file(tensors, flan / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(DifferenceError, match="nan"):
+        convert(str(flan), tmp_path / "out")
+
+
+def test_the_certificate(originals: dict[str, Path], tmp_path: Path) -> None:
+    source = Path(shutil.copytree(originals["umt5"], tmp_path / "umt5"))
+    edit_config(source, _name_or_path=str(tmp_path / "drafts"))
+    convert(str(source), tmp_path / "out")
+    certificate = json.loads((tmp_path / "out" / "parity.json").read_text())
+    assert certificate["schema"] == PARITY_SCHEMA
+    assert (certificate["result"], certificate["differences"]) == ("same", [])
+    assert certificate["source"] == {"name": "umt5", "revision": None}
+    assert str(tmp_path) not in json.dumps(certificate)
+    assert str(tmp_path) not in (tmp_path / "out" / "conversion.json").read_text()
+    for result in certificate["models"]["implementations"]:
+        assert result["logits_error"] <= result["bound"] == {"eager": 1e-5, "sdpa": 1e-4}[result["attn_implementation"]]
+        assert result["greedy_identical"]
+
+
+def test_without_hashes_or_source(out: Path) -> None:
+    (out / "conversion.json").unlink()
+    with pytest.raises(ConvertError, match="--against"):
+        verify(out)
