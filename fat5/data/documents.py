@@ -1,0 +1,193 @@
+"""Read the documents of a corpus, one string each, from files or through `datasets`."""
+
+import glob
+import json
+from collections.abc import Callable, Iterator
+from itertools import count, islice
+from pathlib import Path
+from typing import IO, Any
+
+from fat5.data.options import CorpusOptions
+
+
+class DataError(ValueError):
+    """Data that cannot be used; the message names the file or dataset and says what to do."""
+
+
+def corpus_files(corpus: CorpusOptions) -> list[Path]:
+    """Expand the patterns of `corpus.files`.
+
+    Raises:
+        DataError: a pattern matches nothing.
+    """
+    paths: list[Path] = []
+    for pattern in corpus.files:
+        expanded = str(Path(pattern).expanduser())
+        matches = [Path(p) for p in sorted(glob.glob(expanded, recursive=True)) if Path(p).is_file()]
+        if not matches:
+            raise DataError(f"no file matches {pattern}")
+        paths += matches
+    return paths
+
+
+def read_documents(corpus: CorpusOptions) -> Iterator[str]:
+    """Yield every document of a corpus, in order. Empty ones are yielded too.
+
+    Raises:
+        DataError: a file cannot be read or decoded, a line is not JSON, or the text field is missing or not
+            text.
+    """
+    return iter(DocumentStream(corpus))
+
+
+class DocumentStream:
+    """The documents of a corpus, one after the other, with a state to go on from.
+
+    Args:
+        corpus: what to read.
+        state: begin where the stream was that gave this `state()`.
+
+    Raises:
+        DataError: as `read_documents`.
+    """
+
+    def __init__(self, corpus: CorpusOptions, state: dict[str, Any] | None = None) -> None:
+        self._corpus = corpus
+        self._read = 0
+        # Only a single source of `datasets` can tell its own place; otherwise documents are read again and
+        # skipped.
+        self._data = _load(corpus, corpus.dataset) if corpus.dataset is not None else None
+        self._documents = self._all()
+        if state is not None and self._data is not None:
+            self._data.load_state_dict(state["dataset"])
+            self._read = state["read"]
+        elif state is not None:
+            for _ in islice(self, state["read"]):
+                pass
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        document = next(self._documents)
+        self._read += 1
+        return document
+
+    def state(self) -> dict[str, Any]:
+        """Give the place of the next document, as plain data."""
+        if self._data is not None:
+            return {"read": self._read, "dataset": self._data.state_dict()}
+        return {"read": self._read}
+
+    def _all(self) -> Iterator[str]:
+        if self._data is not None:
+            yield from _records(self._corpus, self._data, self._corpus.name, lambda: self._read)
+            return
+        for path in corpus_files(self._corpus):
+            yield from _from_file(self._corpus, path)
+
+
+def _from_file(corpus: CorpusOptions, path: Path) -> Iterator[str]:
+    if corpus.format == "parquet":
+        counter = count()
+        yield from _records(corpus, _load(corpus, "parquet", path), str(path), lambda: next(counter))
+        return
+    errors = "strict" if corpus.invalid_utf8 == "refuse" else "replace"
+    try:
+        with path.open(encoding="utf-8", errors=errors, newline="") as file:
+            if corpus.format == "jsonl":
+                yield from _from_jsonl(corpus, path, file)
+            else:
+                yield from _from_text(corpus, file)
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path} is not valid UTF-8 (about byte {_first_bad_byte(path)}): repair the file, or set"
+            " invalid_utf8: replace for this corpus"
+        ) from error
+
+
+def _from_text(corpus: CorpusOptions, file: IO[str]) -> Iterator[str]:
+    if corpus.documents == "file":
+        yield file.read()
+    elif corpus.documents == "line":
+        for line in file:
+            yield line.strip("\r\n")
+    else:
+        lines: list[str] = []
+        for line in file:
+            if line.strip():
+                lines.append(line)
+            elif lines:
+                yield "".join(lines)
+                lines = []
+        if lines:
+            yield "".join(lines)
+
+
+def _from_jsonl(corpus: CorpusOptions, path: Path, file: IO[str]) -> Iterator[str]:
+    for number, line in enumerate(file, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}, line {number}: not valid JSON ({error.msg})") from error
+        yield _text_of(record, corpus.field, f"{path}, line {number}")
+
+
+def _load(corpus: CorpusOptions, builder: str, path: Path | None = None) -> Any:
+    """Open a `datasets.IterableDataset`: a named one, or a file by its builder."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError(
+            f"reading {corpus.name} needs the `datasets` package, which is not installed; install it, or give the text"
+            " as text or jsonl files"
+        ) from error
+    split = corpus.split if path is None else "train"
+    try:
+        if path is not None:
+            return datasets.load_dataset(builder, data_files=str(path), split=split, streaming=True)
+        arguments: dict[str, Any] = {"name": corpus.config, "revision": corpus.revision, "split": split}
+        if corpus.streaming:
+            return datasets.load_dataset(builder, streaming=True, **arguments)
+        return datasets.load_dataset(builder, **arguments).to_iterable_dataset()
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(f"cannot load {path or corpus.name} (split {split}): {error}") from error
+
+
+def _records(corpus: CorpusOptions, data: Any, where: str, number: Callable[[], int]) -> Iterator[str]:
+    # Plain iteration would hand a DataLoader's workers different parts; `iter` gives all of it to each.
+    for record in data.iter(batch_size=1):
+        first = {key: values[0] for key, values in record.items()}
+        yield _text_of(first, corpus.field, f"{where}, record {number()}")
+
+
+def _text_of(record: object, field: str, where: str) -> str:
+    if not isinstance(record, dict) or field not in record:
+        keys = ", ".join(map(str, record)) if isinstance(record, dict) else type(record).__name__
+        raise DataError(f"{where}: no field {field!r} (found: {keys}); set the corpus's field")
+    text = record[field]
+    if not isinstance(text, str):
+        raise DataError(f"{where}: field {field!r} is {type(text).__name__}, not text")
+    return text
+
+
+def _first_bad_byte(path: Path) -> int:
+    """Find where decoding fails, reading in pieces."""
+    done = 0
+    rest = b""
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            block = rest + piece
+            try:
+                block.decode("utf-8")
+                rest = b""
+            except UnicodeDecodeError as error:
+                if error.end < len(block) or error.reason != "unexpected end of data":
+                    return done + error.start
+                rest = block[error.start :]
+            done += len(block) - len(rest)
+    return done
