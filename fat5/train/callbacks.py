@@ -1,0 +1,86 @@
+"""What is seen and kept while a run goes on: the progress bar, the log, and the guard of the gradients."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState
+
+from fat5.train.errors import TrainingError
+
+
+class ProgressBar(TrainerCallback):
+    """One bar for the run, with the latest losses; a line stays on the screen for each evaluation."""
+
+    def __init__(self) -> None:
+        self.bar: tqdm | None = None
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True)
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        logs = kwargs["logs"]
+        if self.bar is not None and "loss" in logs:
+            self.bar.set_postfix(loss=f"{logs['loss']:.3f}", lr=f"{logs['learning_rate']:.2e}")
+
+    def on_evaluate(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if self.bar is not None:
+            figures = kwargs["metrics"]
+            error = f" ± {figures['eval_loss_se']:.4f}" if "eval_loss_se" in figures else ""
+            self.bar.write(f"step {state.global_step:>7}: held-out loss {figures['eval_loss']:.4f}{error}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+class JsonLines(TrainerCallback):
+    """Keeps the log as a file of JSON lines, one for each logged step and evaluation.
+
+    When a run continues from a checkpoint, what was logged after that checkpoint is cut off, so that the file
+    always tells one undisturbed story.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            lines = (json.dumps(entry) + "\n" for entry in state.log_history)
+            self.path.write_text("".join(lines), encoding="utf-8")
+
+    def on_log(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(state.log_history[-1]) + "\n")
+
+
+class LogLastStep(TrainerCallback):
+    """Logs the last step even where the run's length is no multiple of the logging interval."""
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_log = True
+
+
+class StopOnBadGradient(TrainerCallback):
+    """Stops the run before a gradient that is not finite reaches the weights."""
+
+    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        parameters = kwargs["model"].parameters()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if not torch.isfinite(norm):
+            raise TrainingError(
+                f"a gradient became {norm.item()} at step {state.global_step + 1}, with a finite loss; "
+                "the run was stopped before the weights were changed. Lower training.learning_rate or use "
+                "training.precision=fp32, and start again"
+            )

@@ -1,0 +1,69 @@
+"""The training commands of `fat5`.
+
+What is heavy to import is imported when a command runs, so that --help is quick.
+"""
+
+import os
+from pathlib import Path
+
+import click
+
+# \b keeps click from filling the lines that follow.
+EXAMPLES = """\b
+Examples:
+  fat5 pretrain recipes/ul2.yaml
+  fat5 pretrain recipes/ul2.yaml --set 'data.train=[{files: [a.txt, b.txt]}]' --set training.learning_rate=3e-4
+  fat5 pretrain recipes/ul2.yaml --resume runs/ul2/checkpoints/checkpoint-2000
+  torchrun --nproc-per-node 8 -m fat5.cli pretrain recipes/ul2.yaml
+"""
+
+
+@click.command(epilog=EXAMPLES)
+@click.argument("recipe", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option(
+    "--set",
+    "changes",
+    metavar="KEY=VALUE",
+    multiple=True,
+    help="Change one key of the recipe, for example training.steps=1000. The value is read as YAML. "
+    "May be given many times.",
+)
+@click.option(
+    "--resume",
+    metavar="auto|never|PATH",
+    default="auto",
+    show_default=True,
+    help="auto: continue from the newest checkpoint in output.folder, if there is one. never: start afresh. "
+    "A path: continue from that checkpoint.",
+)
+def pretrain(recipe: Path, changes: tuple[str, ...], resume: str) -> None:
+    """Train a FAT5 model as RECIPE, a YAML file, says.
+
+    The paths in a recipe are relative to the current folder. The run writes into output.folder: the recipe as it
+    was used, log.jsonl, loss.png, checkpoints/, and at the end model/, a complete FAT5 repo. After an
+    interruption, the same command continues the run.
+
+    Exit status: 0 done, 1 failed (the message says why), 2 wrong usage.
+    """
+    import torch
+    from transformers.utils import logging
+
+    from fat5.train.errors import TrainingError
+    from fat5.train.folder import RunFolder
+    from fat5.train.recipe import RecipeError, load_recipe
+    from fat5.train.report import describe_run
+    from fat5.train.run import pretrain as run
+
+    logging.disable_progress_bar()  # of loading and saving; the run has its own
+    try:
+        read = load_recipe(recipe, changes)
+        log = run(read, resume)
+    except (RecipeError, TrainingError, OSError) as error:
+        raise click.ClickException(str(error)) from error
+    except torch.OutOfMemoryError as error:
+        advice = "lower training.micro_batch_size (the result stays the same) or set training.gradient_checkpointing"
+        raise click.ClickException(f"the GPU has too little memory: {advice}") from error
+    if os.environ.get("RANK", "0") == "0":  # under torchrun, one process speaks
+        folder = RunFolder(Path(read.output.folder))
+        click.echo(describe_run(log))
+        click.echo(f"model: {folder.model}\nlog: {folder.log}\npicture: {folder.picture}")

@@ -1,0 +1,83 @@
+"""From a recipe's data, mixture and evaluation sections to what the trainer reads."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Dataset, Subset
+from transformers import PreTrainedTokenizerBase
+
+from fat5.data import DenoisingCollator, Mixture, WindowDataset
+from fat5.data.batches import BatchDataset
+from fat5.data.setup import open_mixture, open_windows, training_batches
+from fat5.train.errors import TrainingError
+from fat5.train.recipe import EvaluationOptions, Recipe
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The examples of a run and how they are corrupted.
+
+    Attributes:
+        mixture: the denoisers and the special ids.
+        batches: all batches of the run, in order.
+        held_out: the windows that are evaluated on; None without evaluation corpora.
+        held_out_collator: makes batches of them; its seed is the evaluation's own, so that the masks are always the
+            same.
+    """
+
+    mixture: Mixture
+    batches: BatchDataset
+    held_out: Any | None
+    held_out_collator: DenoisingCollator
+
+    @property
+    def denoisers(self) -> list[str]:
+        """The denoisers' names as they appear in the log, `[R] span mu=3 r=0.15` as `R-span-mu3-r0.15`."""
+        return [name.translate(str.maketrans(" ", "-", "[]=")) for name in self.mixture.names]
+
+
+def load_data(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, embedding_rows: int, batches_per_step: int
+) -> RunData:
+    """Tokenise the corpora, or find them tokenised, and lay out the run.
+
+    Args:
+        recipe: what to read and how to corrupt it.
+        tokenizer: the model's.
+        embedding_rows: rows of the model's embedding.
+        batches_per_step: forward passes of a step, over all processes.
+
+    Raises:
+        TrainingError: a corpus cannot be read, or tokenizer, mixture and lengths do not go together.
+    """
+    options, training = recipe.data, recipe.training
+    if options.packing == "stream":
+        raise TrainingError("data.packing: stream needs the fat5 attention, which is not there yet; take segments")
+    if any(corpus.streaming for corpus in options.train):
+        raise TrainingError("data.train: streaming corpora cannot be trained on yet; leave streaming out")
+    try:
+        mixture = open_mixture(options, recipe.mixture, tokenizer, embedding_rows)
+        batches = training_batches(
+            options,
+            open_windows(options.train, options, mixture, tokenizer),
+            mixture,
+            batch_size=training.micro_batch_size,
+            batches_per_step=batches_per_step,
+            steps=training.steps,
+            seed=training.seed,
+        )
+        held_out = None
+        if options.evaluation:
+            held_out = _chosen(open_windows(options.evaluation, options, mixture, tokenizer), recipe.evaluation)
+    except ValueError as error:  # DataError among them; each says what to change
+        raise TrainingError(str(error)) from error
+    return RunData(mixture, batches, held_out, DenoisingCollator(mixture, recipe.evaluation.seed))
+
+
+def _chosen(windows: WindowDataset, options: EvaluationOptions) -> Dataset[Any]:
+    """Take as many held-out windows as the recipe wants, spread at random over the corpora, always the same."""
+    if options.examples is None or options.examples >= len(windows):
+        return windows
+    chosen = np.random.default_rng(options.seed).choice(len(windows), options.examples, replace=False)
+    return Subset(windows, np.sort(chosen).tolist())

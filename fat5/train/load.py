@@ -1,0 +1,89 @@
+"""Load the model that a recipe names."""
+
+from typing import Any
+
+import torch
+from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+
+from fat5.model.configuration_flash_t5 import FlashT5Config
+from fat5.model.modeling_flash_t5 import FlashT5ForConditionalGeneration
+from fat5.train.errors import TrainingError
+from fat5.train.recipe import ModelOptions
+
+
+def load_model(options: ModelOptions) -> FlashT5ForConditionalGeneration:
+    """Load a FAT5 repo's weights in fp32, from a folder or the Hub.
+
+    The code is this package's, which is what the repo ships too, so no remote code is run.
+
+    Raises:
+        TrainingError: nothing is at the path, it is no FAT5 repo, or its weights do not fit its config.
+    """
+    _require_fat5(options)
+    overrides: dict[str, Any] = {"dtype": torch.float32, "revision": options.revision or "main"}
+    if options.dropout_rate is not None:
+        overrides["dropout_rate"] = options.dropout_rate
+    if options.attn_implementation is not None:
+        overrides["attn_implementation"] = options.attn_implementation
+    try:
+        loaded: Any = FlashT5ForConditionalGeneration.from_pretrained(
+            options.path, output_loading_info=True, **overrides
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise TrainingError(f"cannot load model.path {options.path}: {error}") from error
+    model, loading = loaded
+    if absent := sorted(loading["missing_keys"]):
+        raise TrainingError(f"model.path {options.path} lacks the weights of {absent[0]}; convert it again")
+    return model
+
+
+def own_dropout(options: ModelOptions) -> float:
+    """Read the dropout rate that the repo's configuration states, whatever the run uses."""
+    return FlashT5Config.from_pretrained(options.path, revision=options.revision or "main").dropout_rate
+
+
+def _require_fat5(options: ModelOptions) -> None:
+    try:
+        config, _ = FlashT5Config.get_config_dict(options.path, revision=options.revision or "main")
+    except (OSError, ValueError, HFValidationError) as error:
+        raise TrainingError(f"model.path {options.path} is no model's folder or Hub id: {error}") from error
+    kind = config.get("model_type", "of no stated type")
+    if kind != FlashT5Config.model_type:
+        raise TrainingError(
+            f"model.path {options.path} is not a FAT5 checkpoint (its model_type is {kind}); "
+            f"run `fat5convert {options.path} OUT` first and give OUT as model.path"
+        )
+
+
+def load_tokenizer(options: ModelOptions, config: PretrainedConfig) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that lies beside the weights.
+
+    Args:
+        options: where.
+        config: the model's; without it, the configuration's own code would be asked for.
+
+    Raises:
+        TrainingError: there is none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(options.path, revision=options.revision or "main", config=config)
+    except (OSError, ValueError) as error:
+        raise TrainingError(f"model.path {options.path} has no tokenizer that loads: {error}") from error
+
+
+def add_rows(model: FlashT5ForConditionalGeneration, rows: int) -> None:
+    """Give the embedding, and the head, at least `rows` rows, for the tokens that a mixture adds.
+
+    The new rows start at the mean of the old ones: the model then expects of a new token what it expects of the
+    average one, and small updates make it what it is to be. The number is rounded up to a multiple of 64, which
+    matrix products on a GPU want.
+    """
+    before = model.config.vocab_size
+    if rows <= before:
+        return
+    model.resize_token_embeddings(rows, pad_to_multiple_of=64, mean_resizing=False)
+    for name in ("shared.weight", "lm_head.weight"):  # one and the same, if tied
+        weight = model.get_parameter(name).data
+        weight[before:] = weight[:before].mean(0)
