@@ -226,6 +226,9 @@ def _say_plan(plan: Plan) -> None:
 
 def _say_precision(report: Report) -> None:
     rounding = report.conversion["rounding"]
+    overflows = [name for name, error in rounding.items() if error["overflows"]]
+    if overflows:
+        click.echo(f"overflow to infinity in {len(overflows)} tensor(s): {', '.join(overflows)}", err=True)
     lossy = {name: error for name, error in rounding.items() if error["rms_relative"] > 0}
     if not lossy:
         return

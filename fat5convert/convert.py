@@ -11,19 +11,21 @@ from typing import Any
 
 import torch
 import transformers
+from transformers import GenerationConfig
 
 from fat5.model import AUTO_MAP, FlashT5Config, copy_runtime_files
 from fat5convert.errors import ConvertError, DifferenceError
 from fat5convert.families import FAMILIES, Recognised, recognise
 from fat5convert.formats import TensorInfo
-from fat5convert.precision import POLICIES, RoundingError, apply, rounding_error, short_name
-from fat5convert.source import Checkpoint, locate, read_json, write_json
+from fat5convert.precision import CONVERTIBLE, POLICIES, RoundingError, apply, rounding_error, short_name
+from fat5convert.source import SETTINGS_FILES, Checkpoint, locate, read_json, write_json
 from fat5convert.verify import verify_checkpoint
 from fat5convert.writer import (
     Advance,
     Item,
     check_space,
     check_target,
+    hash_file,
     hash_tensor,
     holds_model,
     staged,
@@ -33,18 +35,8 @@ from fat5convert.writer import (
 CONVERSION_SCHEMA = "fat5-conversion/1"
 DEFAULT_SHARD_SIZE = 2_000_000_000
 
-# What configs written by early releases of transformers held for generation.
-_GENERATION_KEYS = (
-    "decoder_start_token_id",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-    "max_length",
-    "num_beams",
-    "length_penalty",
-    "early_stopping",
-    "no_repeat_ngram_size",
-)
+# Configs written by early releases of transformers also hold what is for generation.
+_GENERATION_KEYS = set(GenerationConfig().to_dict()) - {"transformers_version"}
 
 
 @dataclass(frozen=True)
@@ -173,6 +165,7 @@ def _write(plan: Plan, folder: Path, shard_size: int, advance: Advance) -> dict[
         "decisions": recognised.decisions(),
         "dtype": plan.dtype,
         "tensors": {pair.fat5: tensors[pair.fat5] for pair in recognised.pairs},
+        "files": {path.name: hash_file(path) for path in sorted(folder.iterdir()) if path.name in SETTINGS_FILES},
         "leftovers": recognised.leftovers,
         "rounding": {name: error.as_dict() for name, error in worst_first},
         # Where its author kept it is nobody's business.
@@ -188,20 +181,25 @@ def _write(plan: Plan, folder: Path, shard_size: int, advance: Advance) -> dict[
 
 
 def _write_config(plan: Plan, folder: Path) -> None:
-    widths = {info.dtype: 0 for info in plan.outputs.values()}
-    for info in plan.outputs.values():
-        widths[info.dtype] += info.numel
     config = FlashT5Config(**plan.recognised.config, architectures=["FlashT5ForConditionalGeneration"])
-    # A file of several dtypes is loaded in the one that most of it has.
     fields = (
         config.to_diff_dict()
         | plan.recognised.config
         | {
             "auto_map": AUTO_MAP,
-            "dtype": short_name(max(widths, key=lambda d: widths[d])),
+            "dtype": _loading_dtype(plan),
         }
     )
     write_json(folder / "config.json", dict(sorted(fields.items())))
+
+
+def _loading_dtype(plan: Plan) -> str:
+    """The dtype that `from_pretrained` gives the model: what the source states, else the widest in the file."""
+    raw = plan.checkpoint.config
+    stated = raw.get("dtype", raw.get("torch_dtype"))
+    if plan.dtype == "keep" and stated in {short_name(dtype) for dtype in CONVERTIBLE}:
+        return stated
+    return short_name(max((info.dtype for info in plan.outputs.values()), key=lambda dtype: torch.finfo(dtype).bits))
 
 
 def _write_side_files(plan: Plan, folder: Path) -> None:
@@ -211,7 +209,7 @@ def _write_side_files(plan: Plan, folder: Path) -> None:
         shutil.copyfile(path, folder / path.name)
     names = {path.name for path in files}
     if "generation_config.json" not in names:
-        settings = {key: raw[key] for key in _GENERATION_KEYS if raw.get(key) is not None}
+        settings = {key: value for key, value in raw.items() if key in _GENERATION_KEYS and value is not None}
         for key in ("decoder_start_token_id", "eos_token_id", "pad_token_id"):
             settings.setdefault(key, plan.recognised.config[key])
         write_json(folder / "generation_config.json", settings)
@@ -226,5 +224,5 @@ def _write_side_files(plan: Plan, folder: Path) -> None:
 
 def _check_apart(source: Path, out: Path) -> None:
     source, out = source.resolve(), out.absolute().parent.resolve() / out.name
-    if source == out or out in source.parents:
-        raise ConvertError(f"{out}: is or holds the source; choose another folder")
+    if source == out or out in source.parents or source in out.parents:
+        raise ConvertError(f"{out}: is, holds or lies in the source; choose another folder")

@@ -163,6 +163,14 @@ def _read_config(raw: Mapping[str, Any], family: Family) -> tuple[Layout, dict[s
     activation = raw.get("feed_forward_proj", family.feed_forward_proj)
     if activation not in ACTIVATIONS:
         raise ConvertError(f"feed_forward_proj {activation!r} is unknown; supported are {', '.join(ACTIVATIONS)}")
+    # Stock derives these two from feed_forward_proj and writes them too; one edited by hand would win there.
+    derived = {
+        "dense_act_fn": "gelu_new" if activation == "gated-gelu" else activation.removeprefix("gated-"),
+        "is_gated_act": activation.startswith("gated-"),
+    }
+    for name, value in derived.items():
+        if raw.get(name, value) != value:
+            raise ConvertError(f"{name} {raw[name]!r} contradicts feed_forward_proj {activation!r}")
     buckets = _size(raw, "relative_attention_num_buckets", default=32)
     config = {
         **sizes,

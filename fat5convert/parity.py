@@ -174,6 +174,7 @@ def _run(model: Any, probe: Probe, generation: GenerationConfig, unscaled: bool 
     if unscaled:
         logits = model.lm_head(output.decoder_hidden_states[-1])
         loss = F.cross_entropy(logits.flatten(0, 1), probe.labels.flatten(), ignore_index=-100)
+    model.generation_config = generation  # whose every setting else comes from the checkpoint
     tokens = model.generate(
         input_ids=probe.input_ids, attention_mask=probe.attention_mask, generation_config=generation
     )

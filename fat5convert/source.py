@@ -43,7 +43,7 @@ TOKENIZER_FILES = (
     "vocab.txt",
     "chat_template.jinja",
 )
-_SMALL_PATTERNS = ("config.json", "generation_config.json", *TOKENIZER_FILES)
+SETTINGS_FILES = ("config.json", "generation_config.json", *TOKENIZER_FILES)
 _SAFETENSORS_PATTERNS = ("model.safetensors", "model.safetensors.index.json", "model-*.safetensors")
 _PICKLE_PATTERNS = ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*.bin")
 
@@ -93,7 +93,7 @@ def _download(repo: str, revision: str | None) -> Location:
     wanted = f"{repo} at revision {revision}" if revision else repo
     try:
         folder = Path(
-            snapshot_download(repo, revision=revision, allow_patterns=[*_SMALL_PATTERNS, *_SAFETENSORS_PATTERNS])
+            snapshot_download(repo, revision=revision, allow_patterns=[*SETTINGS_FILES, *_SAFETENSORS_PATTERNS])
         )
         commit = folder.name
         if not any((folder / name).exists() for name in WEIGHT_FILES):

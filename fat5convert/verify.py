@@ -25,8 +25,8 @@ from fat5.model import RUNTIME_FILES
 from fat5convert.errors import ConvertError
 from fat5convert.families import Recognised, recognise
 from fat5convert.parity import compare_models
-from fat5convert.source import Checkpoint, local, locate, read_json
-from fat5convert.writer import hash_tensor
+from fat5convert.source import SETTINGS_FILES, Checkpoint, local, locate, read_json
+from fat5convert.writer import hash_file, hash_tensor
 
 PARITY_SCHEMA = "fat5-parity/1"
 
@@ -57,7 +57,7 @@ def verify_checkpoint(folder: Path, source: Checkpoint | None) -> dict[str, Any]
     out = Checkpoint(local(folder))
     if out.config.get("model_type") != "flash_t5":
         raise ConvertError(f"{folder / 'config.json'}: no FAT5 model (model_type {out.config.get('model_type')!r})")
-    differences = _check_code(folder)
+    differences = _check_code(folder) + _check_settings(out)
     models = None
     if source is None:
         tensors = _check_recorded(out, differences)
@@ -125,6 +125,24 @@ def _check_config(out: Checkpoint, recognised: Recognised, differences: list[str
     for key, value in recognised.config.items():
         if out.config.get(key) != value:
             differences.append(f"config.json has {key} {out.config.get(key)!r}, the source means {value!r}")
+
+
+def _check_settings(out: Checkpoint) -> list[str]:
+    """Configuration, generation settings and tokenizer must be what the conversion wrote, where it left a record."""
+    path = out.folder / "conversion.json"
+    recorded = read_json(path).get("files") if path.is_file() else None
+    if not isinstance(recorded, dict):
+        return []
+    present = {name for name in SETTINGS_FILES if (out.folder / name).is_file()}
+    return [
+        *(f"{name} is missing" for name in sorted(recorded.keys() - present)),
+        *(f"{name} was not written by the conversion" for name in sorted(present - recorded.keys())),
+        *(
+            f"{name} is not what the conversion wrote"
+            for name in sorted(present & recorded.keys())
+            if hash_file(out.folder / name) != recorded[name]
+        ),
+    ]
 
 
 def _check_code(folder: Path) -> list[str]:

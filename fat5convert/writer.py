@@ -44,6 +44,11 @@ def hash_tensor(tensor: torch.Tensor) -> str:
     return hashlib.sha256(tensor_bytes(tensor)).hexdigest()
 
 
+def hash_file(path: Path) -> str:
+    """SHA-256 of a small file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def write_weights(folder: Path, items: Sequence[Item], shard_size: int, advance: Advance) -> dict[str, str]:
     """Write `model.safetensors`, or numbered shards with their index when one file would exceed `shard_size`.
 

@@ -71,11 +71,15 @@ class CorpusOrder:
     def draw(self, position: Position, count: int, step: int) -> tuple[Ints, Ints, Position]:
         """Draw the next `count` windows with the weights of the stage that `step` is in.
 
+        Without weights, fewer where the pass ends, so that whoever shuffles what is drawn does not mix two passes.
+
         Returns:
-            [count] index of each window in the data set, [count] its epoch (passes of its corpus that are
+            [N] index of each window in the data set, [N] its epoch (passes of its corpus that are
             complete), and the new position.
         """
         shares = next(s for first, s in reversed(self._stages) if first <= step)
+        if len(self._sizes) == 1:
+            count = min(count, self._sizes[0] - position.taken[0] % self._sizes[0])
         owed = np.array(position.credit) + shares * count
         counts = np.floor(np.maximum(owed, 0)).astype(np.int64)
         # What is missing goes to those owed most; a group that is owed less than nothing waits.

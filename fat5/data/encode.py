@@ -15,6 +15,8 @@ from fat5.data.special_ids import SpecialIds
 
 # Longer documents are encoded in pieces, cut before a space, so that memory stays bounded.
 _PIECE = 200_000
+# How much text one call of the tokenizer gets: enough for all its threads.
+_CHARACTERS, _TEXTS = 1 << 20, 1000
 
 
 class Encoder:
@@ -49,7 +51,7 @@ class Encoder:
             cut = split_text(text)
             pieces += cut
             counts.append(len(cut))
-        encoded = self._encode(pieces)
+        encoded = [ids for group in chunks(pieces) for ids in self._encode(group)]
         for n in self._wrong(encoded):
             encoded[n] = self._encode_apart(pieces[n])
         documents, at = [], 0
@@ -85,8 +87,22 @@ class Encoder:
         return np.concatenate(parts)
 
 
+def chunks(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Group texts so that one call of the tokenizer has enough to do and bounded memory."""
+    chunk: list[str] = []
+    size = 0
+    for text in texts:
+        chunk.append(text)
+        size += len(text)
+        if size >= _CHARACTERS or len(chunk) >= _TEXTS:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
 def encode_chunks(
-    chunks: Iterable[list[str]], encoder: Encoder, processes: int = 1
+    groups: Iterable[list[str]], encoder: Encoder, processes: int = 1
 ) -> Iterator[tuple[int, list[NDArray[np.int32]]]]:
     """Encode groups of documents, in order, in this process or several others.
 
@@ -94,13 +110,13 @@ def encode_chunks(
         How many documents the group has, and the ids of each.
     """
     if processes == 1:
-        for chunk in chunks:
-            yield len(chunk), encoder(chunk)
+        for group in groups:
+            yield len(group), encoder(group)
         return
     waiting: deque[tuple[int, Future[list[NDArray[np.int32]]]]] = deque()
     with ProcessPoolExecutor(processes, get_context("spawn"), _start_worker, (encoder,)) as pool:
-        for chunk in chunks:
-            waiting.append((len(chunk), pool.submit(_encode_in_worker, chunk)))
+        for group in groups:
+            waiting.append((len(group), pool.submit(_encode_in_worker, group)))
             if len(waiting) > 2 * processes:
                 size, future = waiting.popleft()
                 yield size, future.result()

@@ -24,7 +24,7 @@ class Budget:
         inputs: encoder tokens of a bin.
         labels: decoder tokens of a bin.
         packed: False puts every example into a bin of its own.
-        block: examples that are packed together.
+        block: examples that are packed together; fewer where a pass of the corpora ends.
     """
 
     bins: int

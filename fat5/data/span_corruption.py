@@ -73,7 +73,7 @@ class Mixture:
         self.is_text = np.ones(ids.vocabulary, dtype=bool)
         self.is_text[[i for i in ids.reserved if i < ids.vocabulary]] = False
         # After the roll a mask may have one span more, and a target one sentinel more (the final one).
-        self.most_spans = len(ids.sentinels)
+        self.most_spans = len(ids.sentinels) - int(random_roll)
         if any(d.kind == "span" for d in denoisers) and self.most_spans < 1:
             raise ValueError(f"span corruption needs at least 2 sentinels, and there are {len(ids.sentinels)}")
         proportions = np.array([d.proportion for d in denoisers])

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from fat5.data.documents import DataError, corpus_files, read_documents
-from fat5.data.encode import Encoder, encode_chunks
+from fat5.data.encode import Encoder, chunks, encode_chunks
 from fat5.data.options import CorpusOptions
 from fat5.data.special_ids import SpecialIds
 
@@ -29,8 +29,6 @@ Progress = Callable[[int, int], None]
 
 _FORMAT = 1
 _SHARD_TOKENS = 1 << 27
-_CHUNK_CHARACTERS = 1 << 20
-_CHUNK_DOCUMENTS = 1000
 
 
 class TokenStore:
@@ -193,7 +191,7 @@ def write_store(
     dtype = np.dtype("<u2") if vocabulary <= 1 << 16 else np.dtype("<u4")
     shards = _finished_shards(folder)
     texts = islice(documents, sum(s.read for s in shards), None)
-    groups = encode_chunks(_chunks(texts), encoder, processes)
+    groups = encode_chunks(chunks(texts), encoder, processes)
     while (shard := _write_shard(folder, len(shards), groups, dtype, shard_tokens, progress)) is not None:
         shards.append(shard)
     index = {"format": _FORMAT, "dtype": dtype.str, "shards": [asdict(s) for s in shards]}
@@ -243,20 +241,6 @@ def _finished_shards(folder: Path) -> list[_Shard]:
     while (path := folder / f"shard-{len(shards):05d}.json").exists():
         shards.append(_Shard(**json.loads(path.read_text(encoding="utf-8"))))
     return shards
-
-
-def _chunks(documents: Iterable[str]) -> Iterator[list[str]]:
-    """Group documents so that one call of the tokenizer has enough to do and bounded memory."""
-    chunk: list[str] = []
-    size = 0
-    for document in documents:
-        chunk.append(document)
-        size += len(document)
-        if size >= _CHUNK_CHARACTERS or len(chunk) >= _CHUNK_DOCUMENTS:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
 
 
 def _write_atomically(path: Path, content: bytes) -> None:

@@ -104,6 +104,8 @@ class FlashT5Config(PretrainedConfig):
             pad_token_id = 0 if decoder_start_token_id is None else decoder_start_token_id
         if decoder_start_token_id is None:
             decoder_start_token_id = pad_token_id
+        for derived in ("is_gated_act", "dense_act_fn"):  # stock T5 writes them, from feed_forward_proj
+            kwargs.pop(derived, None)
         kwargs.setdefault("auto_map", dict(AUTO_MAP))
         shared_fields: dict[str, Any] = {
             "pad_token_id": pad_token_id,

@@ -58,9 +58,10 @@ def load_data(
         raise TrainingError("data.train: streaming corpora cannot be trained on yet; leave streaming out")
     try:
         mixture = open_mixture(options, recipe.mixture, tokenizer, embedding_rows)
+        windows = open_windows(options.train, options, mixture, tokenizer)
         batches = training_batches(
             options,
-            open_windows(options.train, options, mixture, tokenizer),
+            windows,
             mixture,
             batch_size=training.micro_batch_size,
             batches_per_step=batches_per_step,
@@ -69,7 +70,9 @@ def load_data(
         )
         held_out = None
         if options.evaluation:
-            held_out = _chosen(open_windows(options.evaluation, options, mixture, tokenizer), recipe.evaluation)
+            held_out = _chosen(
+                open_windows(options.evaluation, options, mixture, tokenizer, windows.window), recipe.evaluation
+            )
     except ValueError as error:  # DataError among them; each says what to change
         raise TrainingError(str(error)) from error
     return RunData(mixture, batches, held_out, DenoisingCollator(mixture, recipe.evaluation.seed))

@@ -79,7 +79,7 @@ def training_arguments(recipe: Recipe, folder: RunFolder, fresh: bool) -> Traini
         bf16=training.precision == "bf16",
         seed=training.seed,
         full_determinism=training.deterministic,
-        use_cpu=training.device == "cpu",
+        use_cpu=training.device == "cpu" or not torch.accelerator.is_available(),
         dataloader_num_workers=training.loader_workers,
         average_tokens_across_devices=True,
         logging_steps=output.log_every,

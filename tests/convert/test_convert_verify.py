@@ -51,7 +51,7 @@ def test_a_changed_config(key: str, value: object, out: Path, originals: dict[st
     path = out / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
     found = verify(out, str(originals["t5-v1.1"]))
-    assert [key in difference for difference in found["differences"]] == [True]
+    assert sum(key in difference for difference in found["differences"]) == 1
 
 
 def test_changed_code(out: Path) -> None:
@@ -133,3 +133,37 @@ def test_without_hashes_or_source(out: Path) -> None:
     (out / "conversion.json").unlink()
     with pytest.raises(ConvertError, match="--against"):
         verify(out)
+
+
+@pytest.mark.parametrize("against", [False, True])
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer.json"])
+def test_changed_settings(name: str, against: bool, out: Path, originals: dict[str, Path]) -> None:
+    recorded = json.loads((out / "conversion.json").read_text())["files"]
+    if name not in recorded:  # a toy without a tokenizer: an added file is as foreign as a changed one
+        (out / name).write_text("{}")
+    else:
+        (out / name).write_text((out / name).read_text().replace("{", '{"temperature": 0.5, ', 1))
+    found = verify(out, str(originals["t5-v1.1"]) if against else None)
+    assert found["result"] == "different"
+    assert any(name in difference for difference in found["differences"])
+
+
+def test_generation_settings_of_the_config_are_carried_over(originals: dict[str, Path], tmp_path: Path) -> None:
+    source = Path(shutil.copytree(originals["t5-v1.1"], tmp_path / "source"))
+    (source / "generation_config.json").unlink(missing_ok=True)
+    wanted = {"suppress_tokens": [5, 7], "repetition_penalty": 1.5, "min_length": 3}
+    edit_config(source, **wanted)
+    convert(str(source), tmp_path / "converted")
+    written = json.loads((tmp_path / "converted" / "generation_config.json").read_text())
+    assert {key: written[key] for key in wanted} == wanted
+
+
+def test_a_kept_model_loads_in_the_dtype_that_its_source_states(originals: dict[str, Path], tmp_path: Path) -> None:
+    source = Path(shutil.copytree(originals["t5-v1.1"], tmp_path / "source"))
+    tensors = load_file(source / "model.safetensors")
+    mixed = {name: t if name == "shared.weight" else t.bfloat16() for name, t in tensors.items()}
+    save_file(mixed, source / "model.safetensors", {"format": "pt"})
+    for stated, expected in (("float32", "float32"), ("bfloat16", "bfloat16"), (None, "float32")):
+        edit_config(source, dtype=stated)
+        convert(str(source), tmp_path / f"{stated}", verify=False)
+        assert json.loads((tmp_path / f"{stated}" / "config.json").read_text())["dtype"] == expected

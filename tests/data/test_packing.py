@@ -238,10 +238,15 @@ def test_an_epoch_is_complete_and_each_is_shuffled_anew(store):
     data = small(store, "none")
     order = data.schedule._order
     size = len(data.schedule.windows)
-    index, epoch, _ = order.draw(order.start(), 3 * size, 0)
+    position, passes = order.start(), []
     for n in range(3):
-        assert sorted(index[epoch == n].tolist()) == list(range(size))
-    assert (index[:size] != index[size : 2 * size]).mean() > 0.9
+        drawn = [order.draw(position, size - 10, 0)]
+        drawn.append(order.draw(drawn[0][2], size, 0))  # ends with the pass, whatever is asked for
+        position = drawn[1][2]
+        passes.append(np.concatenate([index for index, _, _ in drawn]))
+        assert sorted(passes[-1].tolist()) == list(range(size))
+        assert all((epoch == n).all() for _, epoch, _ in drawn)
+    assert (passes[0] != passes[1]).mean() > 0.9
 
 
 @pytest.mark.parametrize("pieces", [1, 7, 300])

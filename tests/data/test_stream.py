@@ -61,7 +61,8 @@ def test_a_pass_restores_every_window_once(sources, tokenizer, prose, kind):
     found = Counter()
     data = stream(sources, tokenizer, kind, "none")
     mixture = data.mixture
-    for gathered, _ in data.gathered():
+    for gathered, state in data.gathered():
+        assert state["block"] < 100, "no pass ends"
         # An example's key tells its pass.
         keys, index = gathered.plan.keys, gathered.index
         first_pass = keys == example_keys(0, 0, index)
