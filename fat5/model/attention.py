@@ -1,6 +1,5 @@
-"""Attention of FlashT5: who may attend to whom, the implementations, and the module that calls one of them."""
+"""Attention of FlashT5: implementations that need a matrix, and the module that calls one of them or the kernels."""
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -8,78 +7,10 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.cache_utils import EncoderDecoderCache
 
+from .attention_mask import AttentionMask
 from .configuration_flash_t5 import FlashT5Config
+from .fused_attention import fused_attention
 from .position_encoding import RelativePositionBias
-
-
-@dataclass(eq=False)
-class AttentionMask:
-    """Who may attend to whom, described without a matrix. One per stack and kind of attention.
-
-    Attributes:
-        query_length, key_length: Lq and Lk. Keys include those of the cache.
-        device: where dense forms are built.
-        query_offset: position of the first query: the number of cached tokens, an int, or an int64 scalar tensor
-            when the cache is static.
-        causal: no query may attend to a later position.
-        key_mask: bool `[B, Lk]`, True for real keys; None when all are real.
-        query_segments, key_segments: ints `[B, Lq]` and `[B, Lk]`, 0 for padding; a query attends only to keys
-            of its own segment. Both or neither.
-        allowed: bool `[B|1, 1, Lq|1, Lk]`, True where attention is allowed; None when it is everywhere.
-        visible: bool `[B|1, 1, Lq|1, 1]`, False for queries that may attend to nothing; None when there are none.
-            These two are for implementations that need a matrix, and are filled by `build_dense`.
-    """
-
-    query_length: int
-    key_length: int
-    device: torch.device
-    query_offset: int | torch.Tensor = 0
-    causal: bool = False
-    key_mask: torch.Tensor | None = None
-    query_segments: torch.Tensor | None = None
-    key_segments: torch.Tensor | None = None
-    allowed: torch.Tensor | None = field(default=None, init=False)
-    visible: torch.Tensor | None = field(default=None, init=False)
-
-    @property
-    def query_positions(self) -> torch.Tensor:
-        """int64 `[Lq]`."""
-        return torch.arange(self.query_length, device=self.device) + self.query_offset
-
-    @property
-    def key_positions(self) -> torch.Tensor:
-        """int64 `[Lk]`."""
-        return torch.arange(self.key_length, device=self.device)
-
-    def build_dense(self) -> "AttentionMask":
-        """Fill `allowed` and `visible`, and return the mask itself. Called once per stack, not by every layer."""
-        allowed = None
-        static_offset = isinstance(self.query_offset, torch.Tensor)
-        if self.causal and (static_offset or self.key_length > self.query_offset + 1):
-            allowed = (self.key_positions[None, :] <= self.query_positions[:, None])[None, None]
-        if self.key_mask is not None:
-            real = self.key_mask[:, None, None, :].to(self.device)
-            allowed = real if allowed is None else allowed & real
-        if self.query_segments is not None and self.key_segments is not None:
-            queries = self.query_segments[:, None, :, None].to(self.device)
-            keys = self.key_segments[:, None, None, :].to(self.device)
-            same = (queries == keys) & (keys != 0)
-            allowed = same if allowed is None else allowed & same
-        self.allowed = allowed
-        if allowed is not None and (self.key_mask is not None or self.query_segments is not None):
-            self.visible = allowed.any(dim=-1, keepdim=True)
-        return self
-
-    def additive(self, table: RelativePositionBias | None, dtype: torch.dtype) -> torch.Tensor | None:
-        """Dense bias with the mask written into it, `[B|1, H|1, Lq|1, Lk]` in `dtype`; None when there is neither.
-
-        Masked entries hold the most negative finite value, so that a row without any key gives no NaN.
-        """
-        bias = None if table is None else table(self.query_positions, self.key_positions).to(dtype)
-        if self.allowed is None:
-            return bias
-        masked = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=self.device)
-        return torch.where(self.allowed, torch.zeros_like(masked) if bias is None else bias, masked)
 
 
 def eager_attention(
@@ -122,7 +53,8 @@ def sdpa_attention(
     return output, None
 
 
-ATTENTION_FUNCTIONS = {"eager": eager_attention, "sdpa": sdpa_attention}
+ATTENTION_FUNCTIONS = {"eager": eager_attention, "sdpa": sdpa_attention, "fat5": sdpa_attention}
+"""What runs when there is no kernel for a device, or none for a mask."""
 
 
 class FlashT5Attention(nn.Module):
@@ -166,30 +98,44 @@ class FlashT5Attention(nn.Module):
         past_key_values: EncoderDecoderCache | None = None,
         output_attentions: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Attend, and hand on the dense bias for the next layer to share.
+        """Attend, and hand on the bias for the next layer to share.
 
         Args:
             hidden_states: `[B, Lq, D]`.
-            mask: who may attend to whom.
-            bias: what an earlier layer handed on; None to build it here.
+            mask: who may attend to whom, prepared.
+            bias: what an earlier layer handed on; None to begin here.
             key_value_states: `[B, Lk, D]` for cross-attention.
             past_key_values: cache to extend, or, for cross-attention, to fill once and reuse.
             output_attentions: return the weights, which only the eager implementation can.
 
         Returns:
-            Output `[B, Lq, D]`, bias `[B|1, H|1, Lq|1, Lk]` or None, weights `[B, H, Lq, Lk]` or None.
+            Output `[B, Lq, D]`; the bias: for the kernels the table `[num_buckets, H]`, else `[B|1, H|1, Lq|1, Lk]`, or
+            None; weights `[B, H, Lq, Lk]` or None.
         """
         query = self._split_heads(self.Wq(hidden_states))
         key, value = self._keys_and_values(hidden_states, mask, key_value_states, past_key_values)
-        if bias is None:
-            bias = mask.additive(self.pe_encoding, query.dtype)
-        attention = ATTENTION_FUNCTIONS["eager" if output_attentions else self.config._attn_implementation]
-        dropout = self.config.dropout_rate if self.training else 0.0
-        output, weights = attention(query, key, value, bias, self.config.softmax_scale, dropout)
-        if mask.visible is not None:
-            output = torch.where(mask.visible.to(output.device), output, 0.0)
+        config, weights = self.config, None
+        dropout = config.dropout_rate if self.training else 0.0
+        if mask.layout is not None:
+            if bias is None and self.pe_encoding is not None:
+                bias = self.pe_encoding.table()
+            distance = config.relative_attention_max_distance
+            output = fused_attention(query, key, value, bias, mask, distance, config.softmax_scale, dropout)
+        else:
+            if bias is None:
+                bias = mask.additive(self._dense_bias(mask), query.dtype)
+            attention = ATTENTION_FUNCTIONS["eager" if output_attentions else config._attn_implementation]
+            output, weights = attention(query, key, value, bias, config.softmax_scale, dropout)
+            if mask.visible is not None:
+                output = torch.where(mask.visible.to(output.device), output, 0.0)
         output = self.o(output.transpose(1, 2).flatten(2))
         return output, bias, weights
+
+    def _dense_bias(self, mask: AttentionMask) -> torch.Tensor | None:
+        """`[1, H, Lq, Lk]`, or None in a layer without a table."""
+        if self.pe_encoding is None:
+            return None
+        return self.pe_encoding(mask.query_positions, mask.key_positions)
 
     def _split_heads(self, states: torch.Tensor) -> torch.Tensor:
         """`[B, L, H * Dk]` to `[B, H, L, Dk]`."""

@@ -1,7 +1,7 @@
 """FlashT5 models: encoder-decoder, the same with a language modeling head, and encoder only."""
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -11,13 +11,34 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput, Seq2SeqModelOutput
 from transformers.utils import ModelOutput
 
-# Every runtime file is imported here, needed or not: from a local folder, transformers 4 copies only these.
-from .attention import FlashT5Attention
+from .attention import ATTENTION_FUNCTIONS, FlashT5Attention
 from .configuration_flash_t5 import FlashT5Config
 from .layers_flash_t5 import FlashT5Block, FlashT5LayerNorm
 from .position_encoding import RelativePositionBias
 from .runtime_files import copy_runtime_files
 from .stack_flash_t5 import FlashT5Stack, static_length
+
+# From a local folder transformers 4 copies only the files it reads in the imports of this one, run or not.
+if TYPE_CHECKING:
+    from .attention_layout import KernelLayout as KernelLayout
+    from .attention_mask import AttentionMask as AttentionMask
+    from .fused_attention import fused_attention as fused_attention
+    from .ops_attention import attention as attention
+    from .ops_attention_backward import launch_backward as launch_backward
+    from .ops_attention_backward_configs import backward_config as backward_config
+    from .ops_attention_backward_hopper import issue_tile as issue_tile
+    from .ops_attention_backward_hopper_launch import launch_hopper as launch_hopper
+    from .ops_attention_backward_keys import backward_keys_kernel as backward_keys_kernel
+    from .ops_attention_backward_queries import backward_queries_kernel as backward_queries_kernel
+    from .ops_attention_backward_tile import tile_probabilities as tile_probabilities
+    from .ops_attention_bias import T5Bias as T5Bias
+    from .ops_attention_bias_grad import line_gradient_kernel as line_gradient_kernel
+    from .ops_attention_configs import forward_config as forward_config
+    from .ops_attention_forward import launch_forward as launch_forward
+    from .ops_attention_forward_kernel import forward_kernel as forward_kernel
+    from .ops_attention_problem import Problem as Problem
+    from .ops_attention_reference import reference_attention as reference_attention
+    from .ops_attention_strips import expand_strips as expand_strips
 
 __all__ = [
     "FlashT5Attention",
@@ -74,6 +95,22 @@ class FlashT5PreTrainedModel(PreTrainedModel):
     def get_encoder(self, modality: str | None = None) -> nn.Module:
         """The encoder, whatever the modality."""
         return self.encoder
+
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        """The implementation that a request stands for, "fat5" where there is none.
+
+        "fat5" is resolved call by call: the kernels on the devices that have them, sdpa on others.
+
+        Raises:
+            ValueError: if FlashT5 has no such implementation.
+        """
+        implementation = "fat5" if requested_attention is None else requested_attention
+        if implementation not in ATTENTION_FUNCTIONS:
+            reason = "cannot add T5's position bias" if "flash" in implementation else "does not exist here"
+            raise ValueError(
+                f"attn_implementation={implementation!r} {reason}: FlashT5 runs on {', '.join(ATTENTION_FUNCTIONS)}."
+            )
+        return implementation
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """Save as in transformers, and always with the code files that the saved `auto_map` names."""

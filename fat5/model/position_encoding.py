@@ -55,3 +55,8 @@ class RelativePositionBias(nn.Module):
         distances = key_positions[None, :] - query_positions[:, None]  # [Lq, Lk]
         buckets = relative_position_bucket(distances, self.bidirectional, self.num_buckets, self.max_distance)
         return self.relative_attention_bias(buckets).permute(2, 0, 1).unsqueeze(0)
+
+    def table(self) -> torch.Tensor:
+        """The table `[num_buckets, num_heads]`, looked up, as the embedding may be wrapped or offloaded."""
+        embedding = self.relative_attention_bias
+        return embedding(torch.arange(self.num_buckets, device=embedding.weight.device))

@@ -8,7 +8,7 @@ from torch import nn
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
-from .attention import AttentionMask
+from .attention_mask import AttentionMask
 from .configuration_flash_t5 import FlashT5Config
 from .layers_flash_t5 import FlashT5Block, FlashT5LayerNorm
 
@@ -82,17 +82,21 @@ class FlashT5Stack(nn.Module):
         elif use_cache and past_key_values is None:
             past_key_values = EncoderDecoderCache(DynamicCache(), DynamicCache())
 
-        mask = self._self_attention_mask(inputs_embeds, attention_mask, segment_ids, past_key_values).build_dense()
+        implementation = "eager" if output_attentions else self.config._attn_implementation
+        mask = self._self_attention_mask(inputs_embeds, attention_mask, segment_ids, past_key_values)
+        mask.prepare(implementation, inputs_embeds.dtype, self.config.d_kv)
         cross_mask = None
         if encoder_hidden_states is not None:
             cross_mask = AttentionMask(
                 query_length=inputs_embeds.shape[1],
                 key_length=encoder_hidden_states.shape[1],
                 device=inputs_embeds.device,
+                cross=True,
                 key_mask=key_mask(encoder_attention_mask, encoder_hidden_states.shape[1]),
                 query_segments=segment_ids if encoder_segment_ids is not None else None,
                 key_segments=encoder_segment_ids,
-            ).build_dense()
+            )
+            cross_mask.prepare(implementation, inputs_embeds.dtype, self.config.d_kv)
 
         hidden_states = self.dropout(inputs_embeds)
         all_hidden_states, all_weights, all_cross_weights = [], [], []

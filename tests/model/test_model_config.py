@@ -141,15 +141,24 @@ def test_nonsense_is_refused_by_name(fields, named):
         FlashT5Config(**fields)
 
 
-@pytest.mark.parametrize("implementation", ["flash_attention_2", "flex_attention", "nonsense"])
-def test_attention_implementations_that_do_not_exist_are_refused(implementation):
-    with pytest.raises((ValueError, ImportError), match=r"support|not|attn"):
+@pytest.mark.parametrize(
+    ("implementation", "reason"),
+    [
+        ("flash_attention_2", "cannot add T5's position bias"),
+        ("flex_attention", "does not exist"),
+        ("nonsense", "does not exist"),
+    ],
+)
+def test_attention_implementations_that_do_not_exist_are_refused(implementation, reason):
+    with pytest.raises(ValueError, match=f"{implementation}.*{reason}.*eager, sdpa, fat5"):
         FlashT5ForConditionalGeneration(FlashT5Config(**SHAPE, attn_implementation=implementation))
 
 
-def test_default_attention_is_sdpa():
+def test_default_attention_is_fat5():
     model = FlashT5ForConditionalGeneration(FlashT5Config(**SHAPE))
-    assert model.config._attn_implementation == "sdpa"
+    assert model.config._attn_implementation == "fat5"
     assert model.encoder.block[1].self_attention_layer.self_attention.config is model.config
     model.set_attn_implementation("eager")
     assert model.config._attn_implementation == "eager"
+    model.set_attn_implementation("fat5")
+    assert model.config._attn_implementation == "fat5"

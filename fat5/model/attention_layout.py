@@ -1,0 +1,112 @@
+"""How a masked batch is laid out for the attention kernels, which take lengths and packed tokens, not matrices."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(eq=False)
+class PackedTokens:
+    """The real tokens of a batch `[B, L]`, segment after segment.
+
+    Attributes:
+        order: int64 `[T]`, index in the flattened batch of each packed token.
+        cu_seqlens: int32 `[S + 1]`, where each segment begins and the last one ends; segments may be empty.
+        longest: length of the longest segment.
+    """
+
+    order: torch.Tensor
+    cu_seqlens: torch.Tensor
+    longest: int
+
+    def gather(self, states: torch.Tensor) -> torch.Tensor:
+        """`[B, H, L, D]` to `[T, H, D]`."""
+        return states.transpose(1, 2).flatten(0, 1).index_select(0, self.order.to(states.device))
+
+    def scatter(self, packed: torch.Tensor, batch: int, length: int) -> torch.Tensor:
+        """`[T, H, D]` to `[B, H, L, D]`, zeros where there is no real token."""
+        flat = packed.new_zeros(batch * length, *packed.shape[1:])
+        flat = flat.index_copy(0, self.order.to(packed.device), packed)
+        return flat.unflatten(0, (batch, length)).transpose(1, 2)
+
+
+@dataclass(eq=False)
+class KernelLayout:
+    """What the kernels need to know of a mask, beside causality and offset.
+
+    Attributes:
+        key_lengths: int32 `[B]`, padded layout with keys to ignore at the end of the rows; None without.
+        queries, keys: packed layout; None in the padded one. In self-attention they are the same.
+    """
+
+    key_lengths: torch.Tensor | None = None
+    queries: PackedTokens | None = None
+    keys: PackedTokens | None = None
+
+
+def host_may_look(device: torch.device) -> bool:
+    """Whether values may be read back from `device`: not while a graph is compiled or captured."""
+    if torch.compiler.is_compiling():
+        return False
+    return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+
+
+def padded_layout(key_mask: torch.Tensor) -> KernelLayout | None:
+    """The layout of bool `[B, L]` where padding is at the end of the rows or nowhere; None elsewhere."""
+    lengths = key_mask.sum(1)
+    positions = torch.arange(key_mask.shape[1], device=key_mask.device)
+    at_the_end = (key_mask == (positions < lengths[:, None])).all()
+    right_padded, complete = torch.stack([at_the_end, key_mask.all()]).tolist()
+    if complete:
+        return KernelLayout()
+    return KernelLayout(key_lengths=lengths.int()) if right_padded else None
+
+
+def packed_layout(
+    query_segments: torch.Tensor, key_segments: torch.Tensor, keep_distances: bool
+) -> KernelLayout | None:
+    """The layout that packs every segment of every row.
+
+    Args:
+        query_segments: ints `[B, Lq]`, 1..n for the segments of a row, 0 for padding.
+        key_segments: the same `[B, Lk]`; the very same tensor in self-attention.
+        keep_distances: a segment's tokens must be neighbours in the row, because a position bias depends on them.
+
+    Returns:
+        None where distances would change, where there is nothing to pack, and where segments are not numbered 1..n.
+    """
+    sides = [query_segments] if query_segments is key_segments else [query_segments, key_segments]
+    batch, longest_row = key_segments.shape[0], max(side.shape[1] for side in sides)
+    highest = torch.stack([side.amax() for side in sides]).amax()
+    lowest = torch.stack([side.amin() for side in sides]).amin()
+    sorts = [_sort_segments(side, highest) for side in sides]
+    facts = torch.stack([highest, lowest, *(fact for sort in sorts for fact in sort[2:])]).tolist()  # the only look
+    count, smallest, *by_side = facts
+    tokens, longest, neighbours = by_side[::3], by_side[1::3], by_side[2::3]
+    if smallest < 0 or count > longest_row or not all(tokens) or not (all(neighbours) or not keep_distances):
+        return None
+    starts = torch.arange(batch * count + 1, device=key_segments.device)
+    packed = [
+        PackedTokens(order[:real], torch.searchsorted(numbers, starts, out_int32=True), most)
+        for (numbers, order, *_), real, most in zip(sorts, tokens, longest, strict=True)
+    ]
+    return KernelLayout(queries=packed[0], keys=packed[-1])
+
+
+def _sort_segments(segments: torch.Tensor, highest: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Numbers of the segments counted through the batch, sorted, padding last; the order; and three facts.
+
+    Returns:
+        Numbers `[B * L]`; order `[B * L]`; how many tokens are real; the length of the longest segment; whether the
+        tokens of every segment are neighbours. All int64, the last three scalars.
+    """
+    batch, length = segments.shape
+    rows = torch.arange(batch, device=segments.device)[:, None]
+    padding = batch * highest
+    numbers = torch.where(segments > 0, rows * highest + segments - 1, padding).flatten()
+    numbers, order = numbers.sort(stable=True)
+    real = numbers < padding
+    place = torch.arange(batch * length, device=segments.device) - torch.searchsorted(numbers, numbers)
+    follows = (numbers[1:] == numbers[:-1]) & real[1:]
+    neighbours = (~follows | (order[1:] - order[:-1] == 1)).all()
+    return numbers, order, real.sum(), torch.where(real, place + 1, 0).amax(), neighbours.long()

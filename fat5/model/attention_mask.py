@@ -1,0 +1,124 @@
+"""Who may attend to whom, in the form that each implementation of attention needs."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from .attention_layout import KernelLayout, host_may_look, packed_layout, padded_layout
+from .ops_attention import DTYPES, MAX_HEAD_DIM, kernels_serve
+
+
+@dataclass(eq=False)
+class AttentionMask:
+    """Who may attend to whom, described without a matrix. One per stack and kind of attention.
+
+    Attributes:
+        query_length, key_length: Lq and Lk. Keys include those of the cache.
+        device: where masks and layouts are built.
+        query_offset: position of the first query: the number of cached tokens, an int, or an int64 scalar tensor
+            when the cache is static.
+        causal: no query may attend to a later position.
+        cross: the keys are another sequence's, and distances to them mean nothing.
+        key_mask: bool `[B, Lk]`, True for real keys; None when all are real.
+        query_segments, key_segments: ints `[B, Lq]` and `[B, Lk]`, 0 for padding; a query attends only to keys
+            of its own segment. Both or neither.
+        layout: how the kernels see the batch; None where a matrix is needed. These are filled by `prepare`.
+        allowed: bool `[B|1, 1, Lq|1, Lk]`, True where attention is allowed; None when it is everywhere.
+        visible: bool `[B|1, 1, Lq|1, 1]`, False for queries that may attend to nothing; None when there are none.
+            These two are for implementations that need a matrix, and are filled by `build_dense`.
+    """
+
+    query_length: int
+    key_length: int
+    device: torch.device
+    query_offset: int | torch.Tensor = 0
+    causal: bool = False
+    cross: bool = False
+    key_mask: torch.Tensor | None = None
+    query_segments: torch.Tensor | None = None
+    key_segments: torch.Tensor | None = None
+    layout: KernelLayout | None = field(default=None, init=False)
+    allowed: torch.Tensor | None = field(default=None, init=False)
+    visible: torch.Tensor | None = field(default=None, init=False)
+
+    @property
+    def query_positions(self) -> torch.Tensor:
+        """int64 `[Lq]`."""
+        return torch.arange(self.query_length, device=self.device) + self.query_offset
+
+    @property
+    def key_positions(self) -> torch.Tensor:
+        """int64 `[Lk]`."""
+        return torch.arange(self.key_length, device=self.device)
+
+    def prepare(self, implementation: str | None, dtype: torch.dtype, head_dim: int) -> "AttentionMask":
+        """Fill what `implementation` needs, and return the mask itself. Called once per stack, not by every layer.
+
+        For "fat5" that is `layout`, if there are kernels for the device, dtype and head dimension that can take this
+        mask; otherwise, and for the other implementations, it is what `build_dense` fills.
+        """
+        if implementation == "fat5" and kernels_serve(self.device) and dtype in DTYPES and head_dim <= MAX_HEAD_DIM:
+            self.layout = self._kernel_layout()
+        return self.build_dense() if self.layout is None else self
+
+    def _kernel_layout(self) -> KernelLayout | None:
+        """The layout in which the kernels compute what the matrix says; None if there is none.
+
+        In packed layouts (padding not at the end, segments) queries that are padding give zeros.
+        """
+        if isinstance(self.query_offset, torch.Tensor):
+            return None
+        if self.key_mask is None and self.key_segments is None:
+            return KernelLayout()
+        if not host_may_look(self.device):
+            return None
+        key_mask = None if self.key_mask is None else self.key_mask.to(self.device)
+        if self.query_segments is None or self.key_segments is None:
+            layout = None if key_mask is None else padded_layout(key_mask)
+            if layout is not None:
+                return layout
+        if self.query_length == 1:  # its matrix is a row
+            return None
+        if not self.cross and self.query_length != self.key_length:
+            return None
+        if self.query_segments is not None and self.key_segments is not None:
+            queries, keys = self.query_segments.to(self.device).long(), self.key_segments.to(self.device).long()
+            keys = keys if key_mask is None else keys * key_mask
+        elif key_mask is not None:
+            keys = key_mask.long()
+            queries = torch.ones_like(keys[:, :1]).expand(-1, self.query_length)
+        return packed_layout(queries if self.cross else keys, keys, keep_distances=not self.cross)
+
+    def build_dense(self) -> "AttentionMask":
+        """Fill `allowed` and `visible`, and return the mask itself."""
+        allowed = None
+        static_offset = isinstance(self.query_offset, torch.Tensor)
+        if self.causal and (static_offset or self.key_length > self.query_offset + 1):
+            allowed = (self.key_positions[None, :] <= self.query_positions[:, None])[None, None]
+        if self.key_mask is not None:
+            real = self.key_mask[:, None, None, :].to(self.device)
+            allowed = real if allowed is None else allowed & real
+        if self.query_segments is not None and self.key_segments is not None:
+            queries = self.query_segments[:, None, :, None].to(self.device)
+            keys = self.key_segments[:, None, None, :].to(self.device)
+            same = (queries == keys) & (keys != 0)
+            allowed = same if allowed is None else allowed & same
+        self.allowed = allowed
+        if allowed is not None and (self.key_mask is not None or self.query_segments is not None):
+            self.visible = allowed.any(dim=-1, keepdim=True)
+        return self
+
+    def additive(self, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+        """Dense bias with the mask written into it, `[B|1, H|1, Lq|1, Lk]` in `dtype`; None when there is neither.
+
+        Masked entries hold the most negative finite value, so that a row without any key gives no NaN.
+
+        Args:
+            bias: dense bias `[1, H, Lq, Lk]`, or None.
+            dtype: that of the queries.
+        """
+        bias = None if bias is None else bias.to(dtype)
+        if self.allowed is None:
+            return bias
+        masked = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=self.device)
+        return torch.where(self.allowed, torch.zeros_like(masked) if bias is None else bias, masked)

@@ -1,0 +1,53 @@
+"""Where there is no GPU: tests of Triton kernels in a process of their own, in which Triton interprets them.
+
+Triton reads TRITON_INTERPRET when kernels are defined, and the other tests must not run in its interpreter.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+HAS_KERNELS = INTERPRETED or torch.cuda.is_available()
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+
+needs_kernels = pytest.mark.skipif(not HAS_KERNELS, reason="runs in the process that interprets Triton")
+
+
+def run_interpreted(file: str) -> None:
+    """Run the tests of a file that need kernels, in the interpreter, unless that is where this is running."""
+    if HAS_KERNELS:
+        pytest.skip("the kernels are at hand")
+    pytest.importorskip("triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-c", Path(__file__).parents[1] / "pyproject.toml"]
+    command = [sys.executable, "-m", "pytest", *options, file]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
+    assert " passed" in result.stdout
+
+
+def _index_of_one_element(self) -> int:
+    return int(np.asarray(self.handle.data).item())
+
+
+def _let_numpy_2_4_bound_loops() -> None:
+    """Triton 3.6's interpreter takes `int()` of arrays of one element as loop bounds, which numpy 2.4 refuses."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patch_and_index(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", _index_of_one_element)
+
+    interpreter._patch_lang_tensor = patch_and_index
+
+
+if INTERPRETED:
+    _let_numpy_2_4_bound_loops()

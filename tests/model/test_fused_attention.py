@@ -1,0 +1,325 @@
+"""A model on `fat5` attention equals itself on `eager`: logits and every gradient, whatever is masked.
+
+Without a GPU the tests that need kernels run in a process that interprets them, at toy sizes; with one, at real sizes.
+"""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from interpreter import DEVICE, HAS_KERNELS, INTERPRETED, needs_kernels, run_interpreted
+from model_parity import batch, build_flash, build_stock, relative_error
+from transformers import AutoModelForSeq2SeqLM
+
+import fat5.model.attention
+from fat5.model.attention_mask import AttentionMask
+
+SMALL = {"num_heads": 2, "d_kv": 6}
+REAL = {"num_heads": 8, "d_kv": 64, "d_model": 256, "d_ff": 512, "relative_attention_max_distance": 128}
+SHAPE = SMALL if not HAS_KERNELS or INTERPRETED else REAL
+LENGTHS = (21, 13, 2) if SHAPE is SMALL else (613, 389, 3)
+LOGITS, GRADIENTS = (1e-5, 2e-5) if SHAPE is SMALL else (1e-4, 1e-3)
+
+
+def test_in_the_interpreter():
+    run_interpreted(__file__)
+
+
+def pair(family="t5", **overrides):
+    """The same weights on eager and on fat5."""
+    stock = build_stock(family, **SHAPE, **overrides)
+    return [build_flash(family, stock, name, **SHAPE, **overrides).to(DEVICE) for name in ("eager", "fat5")]
+
+
+def inputs_of(kind):
+    """A batch whose padding is of one kind, on the device; labels only where the decoder has real tokens."""
+    inputs = batch(kind if kind in ("none", "right", "left") else "none", *LENGTHS)
+    rows, length = inputs["input_ids"].shape
+    generator = torch.Generator().manual_seed(3)
+    if kind in ("holes", "cross_holes"):
+        inputs["attention_mask"] = (torch.rand(rows, length, generator=generator) < 0.7).long()
+    if kind == "cross_holes":  # the encoder does not see these, only cross-attention does
+        inputs["encoder_outputs"] = (torch.randn(rows, length, SHAPE.get("d_model", 32), generator=generator),)
+        del inputs["input_ids"]
+    if kind in ("segments", "decoder_holes"):
+        hidden = torch.rand(inputs["labels"].shape, generator=generator) < 0.3
+        inputs["decoder_attention_mask"] = (~hidden).long()
+    if kind == "segments":
+        for name, size in (("encoder", length), ("decoder", inputs["labels"].shape[1])):
+            cuts = [[0.3, 0.55, 0.9], [0.5, 0.6, 1.0], [0.1, 0.4, 0.8]][:rows]
+            ends = (torch.tensor(cuts) * size).long()[:, None, :]  # [B, 1, n]
+            ids = 1 + (torch.arange(size)[None, :, None] >= ends).sum(-1)
+            inputs[f"{name}_segment_ids"] = ids % 4  # what follows the third segment is padding
+        del inputs["attention_mask"], inputs["decoder_attention_mask"]
+        inputs["labels"][inputs["decoder_segment_ids"] == 0] = -100
+    elif kind != "none":
+        inputs["labels"][inputs["decoder_attention_mask"] == 0] = -100
+    else:
+        del inputs["attention_mask"], inputs["decoder_attention_mask"]
+    return {
+        name: tuple(x.to(DEVICE) for x in value) if isinstance(value, tuple) else value.to(DEVICE)
+        for name, value in inputs.items()
+    }
+
+
+@pytest.fixture
+def paths(monkeypatch):
+    """How often a layer ran on the kernels, and how often a stack fell back to a matrix."""
+    counts = {"fused": 0, "dense": 0}
+    fused, dense = fat5.model.attention.fused_attention, AttentionMask.build_dense
+
+    def count_fused(*arguments):
+        counts["fused"] += 1
+        return fused(*arguments)
+
+    def count_dense(mask):
+        counts["dense"] += 1
+        return dense(mask)
+
+    monkeypatch.setattr(fat5.model.attention, "fused_attention", count_fused)
+    monkeypatch.setattr(AttentionMask, "build_dense", count_dense)
+    return counts
+
+
+def gradients(model, inputs):
+    model.zero_grad()
+    output = model(**inputs)
+    output.loss.backward()
+    return output, {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def assert_same(fused, eager, inputs):
+    (output, grads), (expected, expected_grads) = gradients(fused, inputs), gradients(eager, inputs)
+    real = inputs["labels"] != -100
+    assert relative_error(output.logits[real], expected.logits[real]) < LOGITS
+    assert grads.keys() == expected_grads.keys()
+    for name, gradient in expected_grads.items():
+        assert relative_error(grads[name], gradient) < GRADIENTS, name
+
+
+CASES = {  # kind of batch: layers on the kernels, of two encoder layers, and two with cross-attention in the decoder
+    "none": 6,
+    "right": 6,
+    "left": 6,
+    "segments": 6,
+    "holes": 4,
+    "cross_holes": 4,
+    "decoder_holes": 4,
+}
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", CASES)
+def test_logits_and_gradients(kind, paths):
+    eager, fused = pair()
+    inputs = inputs_of(kind)
+    fused(**inputs)
+    assert paths == {"fused": CASES[kind], "dense": kind in ("holes", "decoder_holes")}
+    assert_same(fused, eager, inputs)
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", ["right", "segments"])
+def test_a_table_for_each_layer(kind, paths):
+    eager, fused = pair("umt5", num_decoder_layers=1)
+    assert_same(fused, eager, inputs_of(kind))
+    assert paths == {"fused": 4, "dense": 0}
+
+
+@needs_kernels
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing(reentrant):
+    eager, fused = pair(num_decoder_layers=1)
+    fused.train()
+    fused.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    fused.enable_input_require_grads()
+    assert_same(fused, eager, inputs_of("left"))
+
+
+@needs_kernels
+def test_published_scale_reaches_the_kernels():
+    stock = build_stock("t5", **SHAPE)
+    eager, fused = (
+        build_flash("t5", stock, name, **SHAPE, attention_scale=0.3).to(DEVICE) for name in ("eager", "fat5")
+    )
+    inputs = inputs_of("right")
+    with torch.no_grad():
+        assert relative_error(fused(**inputs).logits, eager(**inputs).logits) < LOGITS
+
+
+@needs_kernels
+def test_dropout_in_training_only(monkeypatch):
+    _, fused = pair(num_layers=1, dropout_rate=0.4)
+    rates = []
+    attend = fat5.model.attention.fused_attention
+
+    def record(*arguments):
+        rates.append(arguments[-1])
+        return attend(*arguments)
+
+    monkeypatch.setattr(fat5.model.attention, "fused_attention", record)
+    inputs = inputs_of("none")
+    with torch.no_grad():
+        fused(**inputs)
+        fused.train()(**inputs)
+    assert rates == [0.0] * 3 + [0.4] * 3
+
+
+@needs_kernels
+@pytest.mark.parametrize(("family", "kind"), [("t5", "left"), ("umt5", "right")])
+def test_greedy_decoding(family, kind, paths):
+    eager, fused = pair(family)
+    inputs = inputs_of(kind)
+    given = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    expected = eager.generate(**given, **options)
+    paths.update(fused=0, dense=0)
+    assert torch.equal(fused.generate(**given, **options), expected)
+    # the encoder, then four steps, in which one query over left padding needs but a row of a matrix
+    assert paths == ({"fused": 18, "dense": 0} if kind == "right" else {"fused": 10, "dense": 4})
+    assert torch.equal(fused.generate(**given, **options, cache_implementation="static"), expected)
+
+
+@needs_kernels
+def test_decoder_prompt_with_padding_on_the_left():
+    eager, fused = pair()
+    inputs = inputs_of("left")
+    del inputs["labels"]
+    first = (inputs["decoder_attention_mask"] == 0).sum(1)
+    inputs["decoder_input_ids"][range(len(first)), first] = 0  # the start token, which `generate` would prepend
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    assert torch.equal(fused.generate(**inputs, **options), eager.generate(**inputs, **options))
+
+
+@needs_kernels
+def test_cached_chunks_equal_one_call():
+    _, fused = pair()
+    inputs = inputs_of("right")
+    given = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    ids, cache, pieces = inputs["decoder_input_ids"], None, []
+    with torch.no_grad():
+        expected = fused(**given, decoder_input_ids=ids, use_cache=False).logits
+        for chunk in ids.split([ids.shape[1] - 4, 3, 1], dim=1):
+            output = fused(**given, decoder_input_ids=chunk, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            pieces.append(output.logits)
+    assert relative_error(torch.cat(pieces, dim=1), expected) < LOGITS
+
+
+@needs_kernels
+def test_attention_weights_come_from_eager(paths):
+    eager, fused = pair()
+    inputs = inputs_of("none")
+    with torch.no_grad():
+        expected, actual = (model(**inputs, output_attentions=True) for model in (eager, fused))
+    assert paths["fused"] == 0
+    for one, two in zip(actual.decoder_attentions, expected.decoder_attentions, strict=True):
+        assert torch.equal(one, two)
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", ["none", "right"])
+def test_compiles_to_one_graph(kind, paths):
+    eager, fused = pair(num_layers=1)
+    inputs = inputs_of(kind)
+    torch.compiler.reset()
+    fused.compile(fullgraph=True, backend="aot_eager")
+    assert_same(fused, eager, inputs)
+
+
+@needs_kernels
+def test_rows_of_nothing_but_padding(paths):
+    eager, fused = pair(num_layers=1)
+    for kind in ("right", "left"):
+        inputs = inputs_of(kind)
+        inputs["attention_mask"][-1] = 0
+        inputs["labels"][-1] = -100
+        assert_same(fused, eager, inputs)
+        assert all(parameter.grad.isfinite().all() for parameter in fused.parameters())
+
+
+@needs_kernels
+def test_a_repository_runs_its_own_kernels_beside_those_of_the_package(tmp_path):
+    _, fused = pair(num_layers=1)
+    fused.save_pretrained(tmp_path)
+    loaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path, trust_remote_code=True).to(DEVICE)
+    assert loaded.config._attn_implementation == "fat5"
+    assert type(loaded) is not type(fused)
+    inputs = inputs_of("right")
+    for _ in range(2):
+        (output, grads), (expected, expected_grads) = gradients(loaded, inputs), gradients(fused, inputs)
+        assert relative_error(output.logits, expected.logits) < 1e-6
+        assert all(relative_error(grads[name], expected_grads[name]) < 1e-5 for name in expected_grads)
+
+
+WITHOUT_TRITON = """
+import sys
+import torch
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("triton", "fat5"):
+            raise ImportError(f"{name} is blocked")
+
+sys.meta_path.insert(0, Blocker())
+from transformers import AutoModelForSeq2SeqLM
+
+model = AutoModelForSeq2SeqLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
+assert model.config._attn_implementation == "fat5"
+ids = torch.tensor([[5, 6, 7]])
+eager = model(ids, decoder_input_ids=ids, output_attentions=True).logits
+assert (model(ids, decoder_input_ids=ids).logits - eager).abs().max() < 1e-4
+files = {name.rpartition(".")[2] for name in sys.modules if ".ops_attention" in name}
+assert "ops_attention" in files and not files & {"ops_attention_forward", "ops_attention_backward"}, files
+print("loaded")
+"""
+
+
+def test_a_repository_loads_where_triton_is_not_installed(tmp_path):
+    model = build_flash("t5", build_stock("t5"), None)
+    model.save_pretrained(tmp_path / "model")
+    result = subprocess.run(
+        [sys.executable, "-I", "-c", WITHOUT_TRITON, str(tmp_path / "model")],
+        env={"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PATH": ""},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.stdout.strip() == "loaded", result.stderr[-4000:]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["none", "right", "left", "segments"])
+@pytest.mark.parametrize("family", ["t5", "umt5"])
+def test_bf16_is_as_near_to_fp32_as_eager_is(family, kind):
+    eager, fused = pair(family)
+    inputs = inputs_of(kind)
+    exact, exact_grads = gradients(eager, inputs)
+    real = inputs["labels"] != -100
+    errors = []
+    for model in (eager, fused):
+        exact_grads = {name: gradient.float().clone() for name, gradient in exact_grads.items()}
+        output, grads = gradients(model.bfloat16(), inputs)
+        error = [(output.logits[real].float() - exact.logits[real]).norm() / exact.logits[real].norm()]
+        error += [(grads[name].float() - gradient).norm() / gradient.norm() for name, gradient in exact_grads.items()]
+        errors.append(torch.stack(error))
+    assert (errors[1] < 1.5 * errors[0] + 1e-2).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["none", "right", "left", "segments"])
+def test_memory_is_linear_in_length(kind):
+    """Quadrupled length, quadrupled memory; a [L, L] bias in fp32 alone would take 16 times as much, and 8 GiB."""
+    peaks = []
+    for length in (4096, 16384):
+        _, fused = pair(num_layers=2)
+        fused.bfloat16()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys.modules[__name__], "LENGTHS", (length, length, 2))
+            inputs = inputs_of(kind)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        gradients(fused, inputs)
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+        del fused, inputs
+    assert peaks[1] < 4.4 * peaks[0]
