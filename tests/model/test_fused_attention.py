@@ -124,7 +124,7 @@ def test_logits_and_gradients(kind, paths):
 def test_a_table_for_each_layer(kind, paths):
     eager, fused = pair("umt5", num_decoder_layers=1)
     assert_same(fused, eager, inputs_of(kind))
-    assert paths == {"fused": 4, "dense": 0}
+    assert paths["fused"] == 4
 
 
 @needs_kernels
