@@ -33,9 +33,12 @@ if TYPE_CHECKING:
     from .ops_attention_backward_tile import tile_probabilities as tile_probabilities
     from .ops_attention_bias import T5Bias as T5Bias
     from .ops_attention_bias_grad import line_gradient_kernel as line_gradient_kernel
+    from .ops_attention_bias_grad_hopper import issue_keys as issue_keys
+    from .ops_attention_bias_line import line_gradient as line_gradient
     from .ops_attention_configs import forward_config as forward_config
     from .ops_attention_forward import launch_forward as launch_forward
     from .ops_attention_forward_kernel import forward_kernel as forward_kernel
+    from .ops_attention_forward_sm90 import shared_layout as shared_layout
     from .ops_attention_problem import Problem as Problem
     from .ops_attention_reference import reference_attention as reference_attention
     from .ops_attention_strips import expand_strips as expand_strips

@@ -98,21 +98,21 @@ def assert_same(fused, eager, inputs):
         assert relative_error(grads[name], gradient) < GRADIENTS, name
 
 
-CASES = {  # kind of batch: layers on the kernels, of two encoder layers, and two with cross-attention in the decoder
-    "none": 6,
-    "right": 6,
-    "left": 6,
-    "segments": 6,
-    "holes": 4,
-    "cross_holes": 4,
-    "decoder_holes": 4,
+CASES = {  # kind of batch: attentions on the kernels, of two in the encoder, one in the decoder and one across
+    "none": 4,
+    "right": 4,
+    "left": 4,
+    "segments": 4,
+    "holes": 2,
+    "cross_holes": 2,
+    "decoder_holes": 3,
 }
 
 
 @needs_kernels
 @pytest.mark.parametrize("kind", CASES)
 def test_logits_and_gradients(kind, paths):
-    eager, fused = pair()
+    eager, fused = pair(num_decoder_layers=1)
     inputs = inputs_of(kind)
     fused(**inputs)
     assert paths == {"fused": CASES[kind], "dense": kind in ("holes", "decoder_holes")}
@@ -120,17 +120,16 @@ def test_logits_and_gradients(kind, paths):
 
 
 @needs_kernels
-@pytest.mark.parametrize("kind", ["right", "segments"])
-def test_a_table_for_each_layer(kind, paths):
+def test_a_table_for_each_layer(paths):
     eager, fused = pair("umt5", num_decoder_layers=1)
-    assert_same(fused, eager, inputs_of(kind))
+    assert_same(fused, eager, inputs_of("right"))
     assert paths["fused"] == 4
 
 
 @needs_kernels
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing(reentrant):
-    eager, fused = pair(num_decoder_layers=1)
+    eager, fused = pair(num_layers=2, num_decoder_layers=1)
     fused.train()
     fused.gradient_checkpointing_enable({"use_reentrant": reentrant})
     fused.enable_input_require_grads()
@@ -229,14 +228,14 @@ def test_compiles_to_one_graph(kind, paths):
 
 
 @needs_kernels
-def test_rows_of_nothing_but_padding(paths):
+@pytest.mark.parametrize("kind", ["right", "left"])
+def test_rows_of_nothing_but_padding(kind):
     eager, fused = pair(num_layers=1)
-    for kind in ("right", "left"):
-        inputs = inputs_of(kind)
-        inputs["attention_mask"][-1] = 0
-        inputs["labels"][-1] = -100
-        assert_same(fused, eager, inputs)
-        assert all(parameter.grad.isfinite().all() for parameter in fused.parameters())
+    inputs = inputs_of(kind)
+    inputs["attention_mask"][-1] = 0
+    inputs["labels"][-1] = -100
+    assert_same(fused, eager, inputs)
+    assert all(parameter.grad.isfinite().all() for parameter in fused.parameters())
 
 
 @needs_kernels

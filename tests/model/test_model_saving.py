@@ -120,6 +120,7 @@ def test_runtime_files_are_what_the_remote_code_loader_finds():
     # transformers 4 does not follow the imports of the imported files when it loads from a folder
     found = {f"{module}.py" for module in get_relative_imports(SOURCE / "modeling_flash_t5.py")}
     assert found | {"modeling_flash_t5.py"} == set(RUNTIME_FILES)
+    assert set(RUNTIME_FILES) == {path.name for path in SOURCE.glob("*.py")} - {"__init__.py"}
     for name in RUNTIME_FILES:
         assert not name.startswith("_")
         tree = ast.parse((SOURCE / name).read_text())
