@@ -256,12 +256,7 @@ WITHOUT_TRITON = """
 import sys
 import torch
 
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("triton", "fat5"):
-            raise ImportError(f"{name} is blocked")
-
-sys.meta_path.insert(0, Blocker())
+sys.modules.update(triton=None, fat5=None)  # as where they are not installed
 from transformers import AutoModelForSeq2SeqLM
 
 model = AutoModelForSeq2SeqLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
@@ -275,11 +270,20 @@ print("loaded")
 """
 
 
-def test_a_repository_loads_where_triton_is_not_installed(tmp_path):
-    model = build_flash("t5", build_stock("t5"), None)
-    model.save_pretrained(tmp_path / "model")
+@pytest.mark.parametrize("place", ["folder", "hub"])
+def test_a_repository_loads_where_triton_is_not_installed(tmp_path, place):
+    """From the Hub the loader checks the imports of every file, from a folder only those of the first."""
+    folder, name = tmp_path / "model", str(tmp_path / "model")
+    if place == "hub":
+        revision = "0123456789abcdef0123456789abcdef01234567"
+        repository, name = tmp_path / "hf" / "hub" / "models--someone--tiny", "someone/tiny"
+        folder = repository / "snapshots" / revision
+    build_flash("t5", build_stock("t5"), None).save_pretrained(folder)
+    if place == "hub":
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text(revision)
     result = subprocess.run(
-        [sys.executable, "-I", "-c", WITHOUT_TRITON, str(tmp_path / "model")],
+        [sys.executable, "-I", "-c", WITHOUT_TRITON, name],
         env={"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PATH": ""},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
