@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install quickstart test test-all lint format clean
+.PHONY: help install quickstart test test-all compile-all lint format clean
 
 help: ## Say what each target does
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -18,11 +18,17 @@ $(STAMP): pyproject.toml constraints.txt
 quickstart: install ## Convert, verify, continue pretraining, export back: the whole walk on a small model (3 minutes)
 	$(BIN)/python recipes/quickstart.py
 
+# tests/ops has a process of its own: Triton's interpreter is chosen when the kernels are imported.
 test: install ## Run the tests (under 15 minutes on 2 cores)
-	$(BIN)/python -m pytest -m 'not slow and not versions' -n 2 --dist worksteal
+	$(BIN)/python -m pytest -m 'not slow and not versions' -n 2 --dist worksteal --ignore tests/ops
+	$(BIN)/python -m pytest -m 'not slow and not versions' -n 2 --dist worksteal tests/ops
 
 test-all: install ## Run every test, the long ones and the other versions of transformers included
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist worksteal --ignore tests/ops
+	$(BIN)/python -m pytest -n 2 --dist worksteal tests/ops
+
+compile-all: install ## Compile every variant of every kernel for every supported part (hours)
+	$(BIN)/python tests/ops/compile_kernels.py --cover all
 
 lint: install ## Check style, formatting and types
 	$(BIN)/ruff check .

@@ -100,14 +100,14 @@ class FlashT5PreTrainedModel(PreTrainedModel):
         return self.encoder
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
-        """The implementation that a request stands for, "fat5" where there is none.
+        """The implementation that a request stands for, "sdpa" where there is none.
 
         "fat5" is resolved call by call: the kernels on the devices that have them, sdpa on others.
 
         Raises:
             ValueError: if FlashT5 has no such implementation.
         """
-        implementation = "fat5" if requested_attention is None else requested_attention
+        implementation = "sdpa" if requested_attention is None else requested_attention
         if implementation not in ATTENTION_FUNCTIONS:
             reason = "cannot add T5's position bias" if "flash" in implementation else "does not exist here"
             raise ValueError(

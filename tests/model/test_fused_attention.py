@@ -242,7 +242,9 @@ def test_rows_of_nothing_but_padding(kind):
 def test_a_repository_runs_its_own_kernels_beside_those_of_the_package(tmp_path):
     _, fused = pair(num_layers=1)
     fused.save_pretrained(tmp_path)
-    loaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path, trust_remote_code=True).to(DEVICE)
+    loaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path, trust_remote_code=True, attn_implementation="fat5").to(
+        DEVICE
+    )
     assert loaded.config._attn_implementation == "fat5"
     assert type(loaded) is not type(fused)
     inputs = inputs_of("right")
@@ -259,7 +261,9 @@ import torch
 sys.modules.update(triton=None, fat5=None)  # as where they are not installed
 from transformers import AutoModelForSeq2SeqLM
 
-model = AutoModelForSeq2SeqLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
+model = AutoModelForSeq2SeqLM.from_pretrained(
+    sys.argv[1], trust_remote_code=True, attn_implementation="fat5"
+).eval()
 assert model.config._attn_implementation == "fat5"
 ids = torch.tensor([[5, 6, 7]])
 eager = model(ids, decoder_input_ids=ids, output_attentions=True).logits

@@ -154,9 +154,9 @@ def test_attention_implementations_that_do_not_exist_are_refused(implementation,
         FlashT5ForConditionalGeneration(FlashT5Config(**SHAPE, attn_implementation=implementation))
 
 
-def test_default_attention_is_fat5():
+def test_default_attention_is_sdpa():
     model = FlashT5ForConditionalGeneration(FlashT5Config(**SHAPE))
-    assert model.config._attn_implementation == "fat5"
+    assert model.config._attn_implementation == "sdpa"
     assert model.encoder.block[1].self_attention_layer.self_attention.config is model.config
     model.set_attn_implementation("eager")
     assert model.config._attn_implementation == "eager"

@@ -1,0 +1,310 @@
+"""Attention with T5's position bias at the cost of attention without it: the public function and its operators."""
+
+import os
+
+import torch
+from torch.autograd import forward_ad
+
+from .ops_attention_bias import (
+    ALIBI_BIAS,
+    DENSE_BIAS,
+    NO_BIAS,
+    T5_BIAS,
+    AlibiBias,
+    BiasArgs,
+    DenseBias,
+    T5Bias,
+    bias_line,
+    expand_table,
+    line_buckets,
+    reduce_line,
+)
+from .ops_attention_problem import Problem
+from .ops_attention_reference import reference_attention
+
+try:
+    import triton  # noqa: F401  (named here so that the loader of remote code sees a guarded import)
+
+    from .ops_attention_backward import launch_backward
+    from .ops_attention_forward import launch_forward
+
+    HAS_KERNELS = True
+except ImportError:
+    HAS_KERNELS = False
+
+MAX_HEAD_DIM = 256
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def kernels_serve(device: torch.device) -> bool:
+    """Whether tensors on `device` go through the Triton kernels; elsewhere `attention` is plain torch."""
+    return HAS_KERNELS and (device.type == "cuda" or INTERPRETED)
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    bias: T5Bias | AlibiBias | DenseBias | None = None,
+    causal: bool = False,
+    scale: float = 1.0,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    key_lengths: torch.Tensor | None = None,
+    q_offset: int = 0,
+    dropout_p: float = 0.0,
+    seed: torch.Tensor | None = None,
+    deterministic: bool = False,
+) -> torch.Tensor:
+    """`softmax(scale * q @ k.T + bias) @ v`, head by head, in memory linear in length.
+
+    Two layouts. Padded: q `[B, H, Lq, D]`, k and v `[B, H, Lk, D]`. Packed (with `cu_seqlens_*`): q `[Tq, H, D]`, k and
+    v `[Tk, H, D]`, where segment s owns the tokens `cu_seqlens[s]` to `cu_seqlens[s + 1]` and sees nothing else; a
+    segment may be empty. Any strides. A query that sees no key gives zeros, and zero gradients.
+
+    On CUDA this is one Triton kernel (two or three more for the gradients), on a CPU plain torch, unless Triton
+    interprets its kernels there (TRITON_INTERPRET=1).
+
+    Args:
+        q: queries, bf16, fp16 or fp32 (which is true fp32, never TF32); D from 1 to 256.
+        k: keys, in q's dtype.
+        v: values, in q's dtype.
+        bias: added to the scores. T5's table and a dense bias receive gradients. Distances are between positions in
+            the segment (plus `q_offset`). Dense: padded layout only.
+        causal: key j is visible to query i only if `j <= i + q_offset`.
+        scale: factor on the scores, positive. T5's is 1.
+        cu_seqlens_q: cumulative segment lengths of the packed layout, int32 `[S + 1]`, starting at 0.
+        cu_seqlens_k: the same for the keys.
+        max_seqlen_q: length of the longest segment, or more. Left out, it is read back from the device, which neither
+            `torch.compile` nor a CUDA graph can do.
+        max_seqlen_k: the same for the keys.
+        key_lengths: ints `[B]`, padded layout only: keys of row b from `key_lengths[b]` on are padding.
+        q_offset: position of query 0 relative to key 0, not negative: the number of cached tokens. Padded layout only.
+        dropout_p: probability of dropping an attention weight.
+        seed: int64 `[1]` on q's device, seed of the dropout; drawn from torch's generator when left out. What is
+            dropped depends on it, segment, head, query and key alone: not on layout, tile sizes or kernel.
+        deterministic: the same bits on every run. Without it the gradient of q alone may differ in its last bits, and
+            the backward pass is faster. `torch.use_deterministic_algorithms` sets it as well.
+
+    Returns:
+        Output in q's layout, shape and dtype. (A padded one is a view of `[B, Lq, H, D]`.)
+
+    Raises:
+        ValueError: shapes, dtypes or options that do not fit together.
+        NotImplementedError: inside a transform of `torch.func` or forward-mode differentiation, on the kernels.
+
+    Sources: FlashAttention-2 (Dao 2023, arXiv:2307.08691) for the tiling, T5 (Raffel et al. 2020, arXiv:1910.10683)
+    for the bias.
+    """
+    packed = cu_seqlens_q is not None
+    _check(q, k, v, bias, scale, cu_seqlens_q, cu_seqlens_k, key_lengths, q_offset, dropout_p)
+    if cu_seqlens_q is not None and cu_seqlens_k is not None:
+        q, k, v = q[None], k[None], v[None]
+        cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.to(torch.int32), cu_seqlens_k.to(torch.int32)
+        max_seqlen_q = int(cu_seqlens_q.diff().max()) if max_seqlen_q is None else max_seqlen_q
+        max_seqlen_k = int(cu_seqlens_k.diff().max()) if max_seqlen_k is None else max_seqlen_k
+    else:
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        max_seqlen_q, max_seqlen_k = q.shape[1], k.shape[1]
+    if key_lengths is not None:
+        key_lengths = key_lengths.to(torch.int32)
+    kind, bias_tensor, bidirectional, max_distance = _bias_operands(bias)
+    if dropout_p > 0 and seed is None:
+        seed = torch.randint(1 << 62, (1,), device=q.device)
+    if kernels_serve(q.device):
+        _refuse_transforms(q, k, v)
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+        deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
+        out, _ = torch.ops.fat5.attention_forward(
+            q, k, v, bias_tensor, cu_seqlens_q, cu_seqlens_k, key_lengths, seed, kind, bidirectional, max_distance,
+            causal, scale, q_offset, dropout_p, max_seqlen_q, max_seqlen_k, deterministic,
+        )  # fmt: skip
+    elif q.device.type == "cuda":
+        raise ValueError("attention on CUDA needs Triton: pip install 'fat5[gpu]', or use the sdpa implementation")
+    else:
+        problem = Problem(causal, scale, q_offset, dropout_p, max_seqlen_q, max_seqlen_k)
+        args = _bias_args(kind, bias_tensor, bidirectional, max_distance, q.shape[0], q.shape[2])
+        out = reference_attention(q, k, v, args, cu_seqlens_q, cu_seqlens_k, key_lengths, problem, seed)
+    return out[0] if packed else out.transpose(1, 2)
+
+
+def _check(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bias: T5Bias | AlibiBias | DenseBias | None,
+    scale: float,
+    cu_q: torch.Tensor | None,
+    cu_k: torch.Tensor | None,
+    key_lengths: torch.Tensor | None,
+    q_offset: int,
+    dropout_p: float,
+) -> None:
+    """Refuse what the kernels would compute wrongly."""
+    if q.dtype != k.dtype or q.dtype != v.dtype or (q.dtype not in DTYPES and q.device.type == "cuda"):
+        raise ValueError(f"q, k, v must share one dtype of bf16, fp16, fp32: got {q.dtype}, {k.dtype}, {v.dtype}")
+    if (cu_q is None) != (cu_k is None):
+        raise ValueError("cu_seqlens_q and cu_seqlens_k go together: give both or neither")
+    if cu_q is not None and cu_k is not None and cu_q.shape != cu_k.shape:
+        raise ValueError(f"cu_seqlens of {cu_q.numel() - 1} query segments and {cu_k.numel() - 1} key segments differ")
+    rank, layout = (4, "[B, H, L, D]") if cu_q is None else (3, "[T, H, D] with cu_seqlens")
+    if q.dim() != rank or k.dim() != rank or v.shape != k.shape:
+        raise ValueError(f"q, k, v must be {layout}: got {list(q.shape)}, {list(k.shape)}, {list(v.shape)}")
+    same = (0, 1, 3) if cu_q is None else (1, 2)
+    if any(q.shape[axis] != k.shape[axis] for axis in same):
+        raise ValueError(f"q {list(q.shape)} and k {list(k.shape)} must agree in batch, heads and head_dim")
+    if not 1 <= q.shape[-1] <= MAX_HEAD_DIM:
+        raise ValueError(f"head_dim is {q.shape[-1]}: 1 to {MAX_HEAD_DIM} are supported")
+    if scale <= 0 or not 0 <= dropout_p < 1 or q_offset < 0:
+        raise ValueError(f"need scale > 0, 0 <= dropout_p < 1, q_offset >= 0: got {scale}, {dropout_p}, {q_offset}")
+    if cu_q is not None and (key_lengths is not None or q_offset or isinstance(bias, DenseBias)):
+        raise ValueError("key_lengths, q_offset and a dense bias are for the padded layout, cu_seqlens for the packed")
+    heads = q.shape[1]
+    if isinstance(bias, T5Bias) and (bias.table.dim() != 2 or bias.table.shape[1] != heads):
+        raise ValueError(f"the bias table must be [num_buckets, {heads}]: got {list(bias.table.shape)}")
+    if isinstance(bias, AlibiBias) and (bias.slopes.shape != (heads,) or bias.slopes.requires_grad):
+        raise ValueError(f"ALiBi slopes must be [{heads}] and constant: got {list(bias.slopes.shape)}")
+    if isinstance(bias, DenseBias):
+        want, got = (q.shape[0], heads, q.shape[2], k.shape[2]), tuple(bias.bias.shape)
+        if len(got) != 4 or got[2:] != want[2:] or got[0] not in (1, want[0]) or got[1] not in (1, heads):
+            raise ValueError(f"a dense bias must be broadcastable to {list(want)} in batch and heads: got {list(got)}")
+
+
+def _refuse_transforms(*tensors: torch.Tensor) -> None:
+    """Forward-mode derivatives would silently be zero, and the transforms of `torch.func` fail obscurely."""
+    if torch.compiler.is_compiling():
+        return
+    if torch._C._functorch.peek_interpreter_stack() is not None or any(
+        forward_ad.unpack_dual(x).tangent is not None for x in tensors
+    ):
+        raise NotImplementedError(
+            "the attention kernels know reverse-mode autograd only: for torch.func and forward mode use the eager "
+            "implementation"
+        )
+
+
+def _bias_operands(bias: T5Bias | AlibiBias | DenseBias | None) -> tuple[int, torch.Tensor | None, bool, int]:
+    """Kind of bias, its tensor, and T5's two parameters (unused by the others)."""
+    if isinstance(bias, T5Bias):
+        return T5_BIAS, bias.table, bias.bidirectional, bias.max_distance
+    if isinstance(bias, AlibiBias):
+        return ALIBI_BIAS, bias.slopes.float(), True, 0
+    if isinstance(bias, DenseBias):
+        dense = bias.bias
+        for axis in (0, 1):  # an expanded axis is one whose gradient is summed once, here
+            if dense.stride(axis) == 0 and dense.shape[axis] > 1:
+                dense = dense.narrow(axis, 0, 1)
+        return DENSE_BIAS, dense, True, 0
+    return NO_BIAS, None, True, 0
+
+
+def _bias_args(
+    kind: int, bias: torch.Tensor | None, bidirectional: bool, max_distance: int, batch: int, heads: int
+) -> BiasArgs:
+    """The bias as the launchers take it."""
+    if kind == T5_BIAS and bias is not None:
+        _, left, right = bias_line(bidirectional, bias.shape[0], max_distance)
+        buckets = line_buckets(bidirectional, bias.shape[0], max_distance, bias.device)
+        return BiasArgs(kind, expand_table(bias, buckets), left, right, exact_dtype=bias.dtype)
+    if kind == ALIBI_BIAS:
+        return BiasArgs(kind, slopes=bias)
+    if kind == DENSE_BIAS and bias is not None:
+        return BiasArgs(kind, dense=bias.expand(batch, heads, *bias.shape[2:]))
+    return BiasArgs()
+
+
+@torch.library.custom_op("fat5::attention_forward", mutates_args=())
+def attention_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bias: torch.Tensor | None,
+    cu_q: torch.Tensor | None,
+    cu_k: torch.Tensor | None,
+    lengths_k: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    kind: int,
+    bidirectional: bool,
+    max_distance: int,
+    causal: bool,
+    scale: float,
+    q_offset: int,
+    dropout_p: float,
+    max_q: int,
+    max_k: int,
+    deterministic: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output `[B, Lq, H, D]` and log-sum-exp fp32 `[H, B * Lq]` (log2 units) for q, k, v `[B, L, H, D]`."""
+    args = _bias_args(kind, bias, bidirectional, max_distance, q.shape[0], q.shape[2])
+    problem = Problem(causal, scale, q_offset, dropout_p, max_q, max_k)
+    return launch_forward(q, k, v, args, cu_q, cu_k, lengths_k, problem, seed)
+
+
+@attention_forward.register_fake
+def _forward_shapes(q, k, v, bias, *options):  # type: ignore[no-untyped-def]  # as long as the operator's own
+    return q.new_empty(q.shape), q.new_empty((q.shape[2], q.shape[0] * q.shape[1]), dtype=torch.float32)
+
+
+@torch.library.custom_op("fat5::attention_backward", mutates_args=())
+def attention_backward(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    bias: torch.Tensor | None,
+    cu_q: torch.Tensor | None,
+    cu_k: torch.Tensor | None,
+    lengths_k: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    kind: int,
+    bidirectional: bool,
+    max_distance: int,
+    causal: bool,
+    scale: float,
+    q_offset: int,
+    dropout_p: float,
+    max_q: int,
+    max_k: int,
+    deterministic: bool,
+    bias_gradient: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of q, k, v and, if `bias_gradient`, of the bias (else an empty tensor)."""
+    args = _bias_args(kind, bias, bidirectional, max_distance, q.shape[0], q.shape[2])
+    problem = Problem(causal, scale, q_offset, dropout_p, max_q, max_k)
+    dq, dk, dv, dbias = launch_backward(
+        grad, q, k, v, out, lse, args, cu_q, cu_k, lengths_k, problem, seed, deterministic, bias_gradient
+    )
+    if dbias is None or bias is None:
+        dbias = q.new_empty(0)
+    elif kind == T5_BIAS:
+        buckets = line_buckets(bidirectional, bias.shape[0], max_distance, bias.device)
+        dbias = reduce_line(dbias, buckets, bias.shape[0]).to(bias.dtype)
+    return dq, dk, dv, dbias
+
+
+@attention_backward.register_fake
+def _backward_shapes(grad, q, k, v, out, lse, bias, *options):  # type: ignore[no-untyped-def]  # as above
+    dbias = bias.new_empty(bias.shape) if options[-1] and bias is not None else q.new_empty(0)
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dbias
+
+
+def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]  # torch's own context object
+    ctx.save_for_backward(*inputs[:8], *output)
+    ctx.options = inputs[8:]
+
+
+def _backward(ctx, grad, _grad_lse):  # type: ignore[no-untyped-def]  # as above
+    q, k, v, bias, cu_q, cu_k, lengths_k, seed, out, lse = ctx.saved_tensors
+    dq, dk, dv, dbias = torch.ops.fat5.attention_backward(
+        grad, q, k, v, out, lse, bias, cu_q, cu_k, lengths_k, seed, *ctx.options, ctx.needs_input_grad[3]
+    )
+    return dq, dk, dv, dbias if ctx.needs_input_grad[3] else None, *[None] * (4 + len(ctx.options))
+
+
+attention_forward.register_autograd(_backward, setup_context=_save_for_backward)

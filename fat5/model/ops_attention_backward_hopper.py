@@ -1,0 +1,316 @@
+"""The fused backward kernel for sm_90, in Gluon: the products of one tile run while the next tile's scores are
+formed.
+"""
+# mypy: allow-untyped-defs
+
+try:
+    from triton.experimental import gluon
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.language.nvidia.ampere import async_copy
+    from triton.experimental.gluon.language.nvidia.hopper import (
+        fence_async_shared,
+        mbarrier,
+        tma,
+        warpgroup_mma,
+        warpgroup_mma_wait,
+    )
+except ImportError as error:  # a guarded import is what the loader of remote code asks for
+    raise ImportError("the attention kernels need Triton") from error
+
+LOG2_E = gl.constexpr(1.4426950408889634)
+NEAR = gl.constexpr(128)  # keys, at whose grain a tile counts as near or far in the sums
+
+
+@gluon.jit
+def issue_tile(
+    q_desc, do_desc, q_buf, do_buf, lse_buf, delta_buf, bars, p_lse, p_delta, batch, row, h, block_step, slot,
+    BLOCK_M: gl.constexpr, row_layout: gl.constexpr,
+):  # fmt: skip
+    """Start the copies of one block of queries: Q, dO, lse, delta."""
+    bar = bars.index(slot)
+    mbarrier.expect(bar, q_desc.block_type.nbytes + do_desc.block_type.nbytes)
+    tma.async_copy_global_to_shared(q_desc, [batch, row, h, 0], bar, q_buf.index(slot))
+    tma.async_copy_global_to_shared(do_desc, [batch, row, h, 0], bar, do_buf.index(slot))
+    o_m = gl.arange(0, BLOCK_M, row_layout)
+    async_copy.async_copy_global_to_shared(lse_buf.index(slot), p_lse + block_step + o_m)
+    async_copy.async_copy_global_to_shared(delta_buf.index(slot), p_delta + block_step + o_m)
+    async_copy.commit_group()
+
+
+@gluon.jit
+def tile_of(buffer, slot, BLOCK_M: gl.constexpr, HEAD_DIM: gl.constexpr):
+    """One stage of a buffer of tiles `[1, BLOCK_M, 1, HEAD_DIM]` as `[BLOCK_M, HEAD_DIM]`."""
+    return buffer.index(slot).reshape([BLOCK_M, HEAD_DIM])
+
+
+@gluon.jit
+def bias_tile(
+    p_line, offset, left, right, first_key, end_key, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BIAS: gl.constexpr,
+    CAUSAL: gl.constexpr, layout: gl.constexpr,
+):  # fmt: skip
+    """What to start a tile's product from, in units of q.k: the bias; -inf where the key is not visible.
+
+    `offset` is the distance of the tile's first key from its first query. Its keys `first_key` to `end_key` count.
+    """
+    # a zero that the compiler cannot see through, or it would keep every score's address in registers over the loop
+    zero = gl.inline_asm_elementwise("mov.b32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+    o_m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, layout))
+    o_n = gl.arange(0, BLOCK_N, gl.SliceLayout(1, layout)) + zero
+    if BIAS == 1:
+        # beyond the line's reach the bias is constant, so that the tile may as well be nearer
+        p_first = p_line + gl.minimum(gl.maximum(offset, -left - BLOCK_N), right + BLOCK_M)
+        b_bias = gl.load(p_first + (o_n.to(gl.int64)[:, None] - o_m.to(gl.int64)[None, :]))
+    else:
+        b_bias = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, layout)
+    m_visible = ((o_n >= first_key) & (o_n < end_key))[:, None]
+    if CAUSAL:
+        m_visible = m_visible & (offset + o_n[:, None] - o_m[None, :] <= 0)
+    return gl.where(m_visible, b_bias, float("-inf"))
+
+
+@gluon.jit
+def near_bias(
+    p_line, offset, left, right, end_key, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BIAS: gl.constexpr,
+    CAUSAL: gl.constexpr, layout: gl.constexpr,
+):  # fmt: skip
+    """Whether the product of a tile needs a start, and `bias_tile` if so, else zeros."""
+    b_bias = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, layout)
+    is_needed = end_key < BLOCK_N
+    if CAUSAL:
+        is_needed = is_needed | (offset + (BLOCK_N - 1) > 0)
+    if BIAS == 1:
+        is_needed = is_needed | ((offset + (BLOCK_N - 1) > -left) & (offset - (BLOCK_M - 1) < right))
+    if is_needed:
+        b_bias = bias_tile(p_line, offset, left, right, 0, end_key, BLOCK_M, BLOCK_N, BIAS, CAUSAL, layout)
+    return is_needed, b_bias
+
+
+@gluon.jit
+def fused_backward_kernel(
+    q_desc, do_desc, p_k, p_v, p_lse, p_delta, p_dq_tiles, p_dk, p_dv, p_far, p_line, p_cu_q, p_cu_k, p_lengths_k,
+    stride_kb, stride_kl, stride_kh, stride_vb, stride_vl, stride_vh, stride_dkb, stride_dkl, stride_dkh, stride_dvb,
+    stride_dvl, stride_dvh,
+    heads, max_q, max_k, q_offset, scale, line_size, left, right,
+    HEAD_DIM: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BIAS: gl.constexpr, CAUSAL: gl.constexpr,
+    LINE_GRADIENT: gl.constexpr, STAGES: gl.constexpr, LATE_DP: gl.constexpr, HALF_P: gl.constexpr,
+    num_warps: gl.constexpr,
+):  # fmt: skip
+    """As `backward_keys_kernel`, fused; lse and delta come in tiles `[BLOCK_M]` per block of queries and head.
+
+    A tile of dQ lies in `p_dq_tiles` in the order of the registers of the product that made it.
+    """
+    element: gl.constexpr = p_k.dtype.element_ty
+    GROUPS: gl.constexpr = num_warps // 4
+    score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, BLOCK_M, 16])
+    kv_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, HEAD_DIM, 16])
+    dq_layout: gl.constexpr = gl.NVMMADistributedLayout(
+        [3, 0], [num_warps, 1] if 16 * num_warps <= HEAD_DIM else [4, GROUPS],
+        [16, BLOCK_M if 16 * num_warps <= HEAD_DIM else BLOCK_M // GROUPS, 16],
+    )  # fmt: skip
+    ds_layout: gl.constexpr = gl.DotOperandLayout(0, kv_layout, 2)
+    far_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, 8, 16])
+    far_ds_layout: gl.constexpr = gl.DotOperandLayout(0, far_layout, 2)
+    row_layout: gl.constexpr = gl.BlockedLayout([4], [32], [num_warps], [0])
+    load_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [num_warps, 1], [1, 0])
+    shared: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    shared_row: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+
+    n0 = gl.program_id(0) * BLOCK_N
+    h = gl.program_id(1)
+    s = gl.program_id(2)
+    len_k = max_k
+    len_q = max_q
+    batch = s.to(gl.int64)
+    first_q = batch * 0
+    first_k = batch * 0
+    first_tile = batch * ((max_q + BLOCK_M - 1) // BLOCK_M)
+    if p_cu_q is not None:
+        batch = batch * 0
+        first_q = gl.load(p_cu_q + s).to(gl.int64)
+        first_k = gl.load(p_cu_k + s).to(gl.int64)
+        len_q = (gl.load(p_cu_q + s + 1) - first_q).to(gl.int32)
+        len_k = (gl.load(p_cu_k + s + 1) - first_k).to(gl.int32)
+        first_tile = first_q // BLOCK_M + s
+    end_k = len_k
+    if p_lengths_k is not None:
+        len_k = gl.minimum(len_k, gl.load(p_lengths_k + s))
+    first_m = n0 * 0
+    if CAUSAL:
+        first_m = gl.maximum(n0 - q_offset, 0) // BLOCK_M * BLOCK_M
+    count = (len_q - first_m + BLOCK_M - 1) // BLOCK_M
+    if n0 >= len_k:
+        count = count * 0
+
+    p_k += batch * stride_kb + first_k * stride_kl + h * stride_kh
+    p_v += batch * stride_vb + first_k * stride_vl + h * stride_vh
+    row_step = heads * BLOCK_M
+    p_lse += (first_tile * heads + h) * BLOCK_M
+    p_delta += (first_tile * heads + h) * BLOCK_M
+    p_dq_tiles += (first_tile * heads + h) * (BLOCK_M * HEAD_DIM)
+    scale_log2 = scale * LOG2_E
+    far_left = 0.0
+    far_right = 0.0
+    if BIAS == 1:
+        p_line += h * line_size + (left + BLOCK_M + BLOCK_N)
+        far_left = gl.load(p_line - left) * scale_log2
+        far_right = gl.load(p_line + right) * scale_log2
+
+    k_buf = gl.allocate_shared_memory(element, [BLOCK_N, HEAD_DIM], shared)
+    v_buf = gl.allocate_shared_memory(element, [BLOCK_N, HEAD_DIM], shared)
+    q_buf = gl.allocate_shared_memory(element, [STAGES, 1, BLOCK_M, 1, HEAD_DIM], q_desc.layout)
+    do_buf = gl.allocate_shared_memory(element, [STAGES, 1, BLOCK_M, 1, HEAD_DIM], do_desc.layout)
+    bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(bars.index(i), 1)
+    ds_buf = gl.allocate_shared_memory(element, [2, BLOCK_N, BLOCK_M], shared)
+    lse_buf = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], shared_row)
+    delta_buf = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], shared_row)
+
+    o_key = gl.arange(0, BLOCK_N, gl.SliceLayout(1, load_layout))
+    o_d = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, load_layout))
+    m_key = (n0 + o_key < len_k)[:, None]
+    start_n = n0.to(gl.int64)
+    async_copy.async_copy_global_to_shared(
+        k_buf, p_k + start_n * stride_kl + (o_key[:, None] * stride_kl + o_d[None, :]), m_key
+    )
+    async_copy.async_copy_global_to_shared(
+        v_buf, p_v + start_n * stride_vl + (o_key[:, None] * stride_vl + o_d[None, :]), m_key
+    )
+    if LINE_GRADIENT:
+        # what a tile's dS is multiplied by to sum its rows: nothing if near, a column of ones for the left,
+        # one for the right
+        far_buf = gl.allocate_shared_memory(element, [3, 8, BLOCK_M], shared)
+        o_row = gl.arange(0, 8, gl.SliceLayout(1, load_layout))[:, None]
+        o_column = gl.arange(0, BLOCK_M, gl.SliceLayout(0, load_layout))[None, :]
+        for side in gl.static_range(3):
+            far_buf.index(side).store(gl.where(o_row + o_column * 0 == side - 1, 1.0, 0.0).to(element))
+    first_row = first_q.to(gl.int32)
+    batch_index = batch.to(gl.int32)
+    # the first tile has none before it: its products with zeros add nothing
+    tile_of(q_buf, STAGES - 1, BLOCK_M, HEAD_DIM).store(gl.zeros([BLOCK_M, HEAD_DIM], element, load_layout))
+    ds_buf.index(1).store(gl.zeros([BLOCK_N, BLOCK_M], element, load_layout))
+    fence_async_shared()
+    gl.thread_barrier()
+    issue_tile(
+        q_desc, do_desc, q_buf, do_buf, lse_buf, delta_buf, bars, p_lse, p_delta, batch_index, first_row + first_m, h,
+        (first_m // BLOCK_M) * row_step, 0, BLOCK_M, row_layout,
+    )  # fmt: skip
+    mbarrier.wait(bars.index(0), 0)
+    async_copy.wait_group(0)
+    fence_async_shared()
+    gl.thread_barrier()
+
+    b_dk = gl.zeros([BLOCK_N, HEAD_DIM], gl.float32, kv_layout)
+    b_dv = gl.zeros([BLOCK_N, HEAD_DIM], gl.float32, kv_layout)
+    b_zero = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, score_layout)
+    b_dq_zero = gl.zeros([HEAD_DIM, BLOCK_M], gl.float32, dq_layout)
+    b_far = gl.zeros([BLOCK_N, 8], gl.float32, far_layout)
+
+    b_ds16 = gl.zeros([BLOCK_N, BLOCK_M], element, ds_layout)
+    side = first_m * 0
+    IN_FLIGHT: gl.constexpr = 2 + (0 if LATE_DP else 1) + (1 if LINE_GRADIENT else 0)
+    near_n0 = n0 // NEAR * NEAR - q_offset
+    slot = first_m * 0
+    is_near, b_bias = near_bias(
+        p_line, n0 - first_m - q_offset, left, right, len_k - n0, BLOCK_M, BLOCK_N, BIAS, CAUSAL, score_layout
+    )
+    for i in range(count):
+        m0 = first_m + i * BLOCK_M
+        offset = n0 - m0 - q_offset
+        slot = i % STAGES
+        last_slot = (i + STAGES - 1) % STAGES
+        issue_tile(
+            q_desc, do_desc, q_buf, do_buf, lse_buf, delta_buf, bars, p_lse, p_delta, batch_index,
+            first_row + m0 + BLOCK_M, h, (m0 // BLOCK_M + 1) * row_step, (i + 1) % STAGES, BLOCK_M, row_layout,
+        )  # fmt: skip
+        q_tile = tile_of(q_buf, slot, BLOCK_M, HEAD_DIM)
+        do_tile = tile_of(do_buf, slot, BLOCK_M, HEAD_DIM)
+        # the products of this tile's scores, and the last two of the tile before, whose dS lies in shared memory
+        b_s = warpgroup_mma(k_buf, q_tile.permute([1, 0]), b_bias, use_acc=is_near, is_async=True)
+        if not LATE_DP:
+            b_dp = warpgroup_mma(v_buf, do_tile.permute([1, 0]), b_zero, use_acc=False, is_async=True)
+        b_dk = warpgroup_mma(b_ds16, tile_of(q_buf, last_slot, BLOCK_M, HEAD_DIM), b_dk, is_async=True)
+        if LINE_GRADIENT:
+            b_far = warpgroup_mma(
+                gl.convert_layout(b_ds16, far_ds_layout), far_buf.index(side).permute([1, 0]), b_far, is_async=True
+            )
+        b_dq = warpgroup_mma(k_buf.permute([1, 0]), ds_buf.index((i + 1) & 1), b_dq_zero, use_acc=False, is_async=True)
+        b_lse = lse_buf.index(slot).load(gl.SliceLayout(0, score_layout))
+        is_left = offset + (BLOCK_N - 1) <= -left
+        if BIAS == 1:
+            b_lse -= gl.where(is_near, 0.0, gl.where(is_left, far_left, far_right))
+        b_scores = warpgroup_mma_wait(num_outstanding=IN_FLIGHT, deps=[b_s])
+        b_p = gl.exp2(b_scores * scale_log2 - b_lse[None, :])
+        b_p16 = b_p.to(element)
+        if LATE_DP:
+            b_dk, b_dq, b_far = warpgroup_mma_wait(num_outstanding=0, deps=[b_dk, b_dq, b_far])
+            b_dp = warpgroup_mma(v_buf, do_tile.permute([1, 0]), b_zero, use_acc=False, is_async=True)
+            b_dv = warpgroup_mma(gl.convert_layout(b_p16, ds_layout), do_tile, b_dv, is_async=True)
+        else:
+            b_dv = warpgroup_mma(gl.convert_layout(b_p16, ds_layout), do_tile, b_dv, is_async=True)
+            b_dprob, b_dk, b_dq, b_far = warpgroup_mma_wait(num_outstanding=1, deps=[b_dp, b_dk, b_dq, b_far])
+        if i > 0:
+            b_dq_row = register_order(b_dq, HEAD_DIM, BLOCK_M, num_warps)
+            o_tile = gl.arange(0, HEAD_DIM * BLOCK_M, b_dq_row.type.layout)
+            p_tile = p_dq_tiles + (m0 // BLOCK_M - 1).to(gl.int64) * (row_step * HEAD_DIM)
+            gl.atomic_add(p_tile + o_tile, b_dq_row, sem="relaxed")
+        b_delta = delta_buf.index(slot).load(gl.SliceLayout(0, score_layout))
+        if LATE_DP:
+            b_dprob = warpgroup_mma_wait(num_outstanding=1, deps=[b_dp])
+        if HALF_P:
+            b_p = b_p16.to(gl.float32)
+        b_ds = b_p * (b_dprob - b_delta[None, :])
+        side = gl.where(near_n0 - m0 + (NEAR - 1) <= -left, 1, gl.where(near_n0 - m0 - (BLOCK_M - 1) >= right, 2, 0))
+        b_ds_half = b_ds.to(element)
+        ds_buf.index(i & 1).store(b_ds_half)
+        b_ds16 = gl.convert_layout(b_ds_half, ds_layout)
+        b_dv = warpgroup_mma_wait(num_outstanding=0, deps=[b_dv])
+        is_near, b_bias = near_bias(
+            p_line, offset - BLOCK_M, left, right, len_k - n0, BLOCK_M, BLOCK_N, BIAS, CAUSAL, score_layout
+        )
+        mbarrier.wait(bars.index((i + 1) % STAGES), ((i + 1) // STAGES) & 1)
+        async_copy.wait_group(0)
+        fence_async_shared()
+        gl.thread_barrier()
+    if count > 0:
+        b_dk = warpgroup_mma(b_ds16, tile_of(q_buf, slot, BLOCK_M, HEAD_DIM), b_dk, is_async=True)
+        if LINE_GRADIENT:
+            b_far = warpgroup_mma(
+                gl.convert_layout(b_ds16, far_ds_layout), far_buf.index(side).permute([1, 0]), b_far, is_async=True
+            )
+        b_dq = warpgroup_mma(
+            k_buf.permute([1, 0]), ds_buf.index((count + 1) & 1), b_dq_zero, use_acc=False, is_async=True
+        )
+        b_dk, b_dq, b_far = warpgroup_mma_wait(num_outstanding=0, deps=[b_dk, b_dq, b_far])
+        b_dq_row = register_order(b_dq, HEAD_DIM, BLOCK_M, num_warps)
+        o_tile = gl.arange(0, HEAD_DIM * BLOCK_M, b_dq_row.type.layout)
+        p_tile = p_dq_tiles + (first_m // BLOCK_M + count - 1).to(gl.int64) * (row_step * HEAD_DIM)
+        gl.atomic_add(p_tile + o_tile, b_dq_row, sem="relaxed")
+
+    o_row = gl.arange(0, BLOCK_N, gl.SliceLayout(1, load_layout))
+    m_row = (n0 + o_row < end_k)[:, None]
+    p_dk += batch * stride_dkb + first_k * stride_dkl + h * stride_dkh + start_n * stride_dkl
+    p_dv += batch * stride_dvb + first_k * stride_dvl + h * stride_dvh + start_n * stride_dvl
+    gl.store(
+        p_dk + (o_row[:, None] * stride_dkl + o_d[None, :]),
+        gl.convert_layout((b_dk * scale).to(element), load_layout),
+        mask=m_row,
+    )
+    gl.store(
+        p_dv + (o_row[:, None] * stride_dvl + o_d[None, :]),
+        gl.convert_layout(b_dv.to(element), load_layout),
+        mask=m_row,
+    )
+    if LINE_GRADIENT:
+        p_program = p_far + ((h * gl.num_programs(2) + s) * gl.num_programs(0) + gl.program_id(0)) * 2
+        o_side = gl.arange(0, 8, gl.SliceLayout(0, far_layout))
+        gl.store(p_program + o_side, gl.sum(b_far, 0), mask=o_side < 2)
+
+
+@gluon.jit
+def register_order(b_dq, HEAD_DIM: gl.constexpr, BLOCK_M: gl.constexpr, num_warps: gl.constexpr):
+    """Tile `[HEAD_DIM, BLOCK_M]` as one row, such that four registers of a thread, then a warp's lanes, lie
+    side by side.
+    """
+    b = b_dq.reshape([HEAD_DIM // 16, 2, 8, BLOCK_M // 8, 4, 2])  # warp, half, row, column of 8, pair, element
+    return b.permute([3, 0, 2, 4, 1, 5]).reshape([HEAD_DIM * BLOCK_M])

@@ -1,0 +1,104 @@
+"""Launches the fused backward kernel for sm_90 where it applies."""
+# mypy: allow-untyped-defs, disable-error-code="union-attr"
+
+from typing import NamedTuple
+
+import torch
+
+try:
+    from triton.experimental.gluon.language import NVMMASharedLayout
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+except ImportError as error:  # a guarded import is what the loader of remote code asks for
+    raise ImportError("the attention kernels need Triton") from error
+
+from .ops_attention_backward_configs import BackwardConfig
+from .ops_attention_backward_hopper import fused_backward_kernel
+from .ops_attention_bias_grad_hopper import near_sums_kernel
+from .ops_attention_bias_line import line_gradient, multiprocessors, near_offsets, padded_line, segment_of_blocks
+
+NONE, T5 = range(2)
+
+
+class HopperConfig(NamedTuple):
+    """Tile sizes, stages of the query buffers, and which of two orders of the products."""
+
+    tiles: BackwardConfig
+    late_dp: bool
+    half_p: bool
+
+
+OVERRIDE: dict[int, HopperConfig | None] = {}
+DEFAULT = {
+    64: HopperConfig(BackwardConfig(64, 128, 8, 3), False, False),
+    128: HopperConfig(BackwardConfig(64, 128, 8, 3), True, True),
+}
+
+
+def hopper_config(q, k, v, do, bias, problem, capability):
+    """Configuration if the kernel takes this call, else None."""
+    head_dim = q.shape[-1]
+    fits = (
+        capability == 90 and q.dtype in (torch.bfloat16, torch.float16) and head_dim in (64, 128)
+        and bias.kind in (NONE, T5) and problem.dropout_p == 0 and problem.scale > 0
+        and all(x.data_ptr() % 16 == 0 and all(n % 8 == 0 for n in x.stride()[:3]) for x in (q, k, v, do))
+    )  # fmt: skip
+    if not fits:
+        return None
+    return OVERRIDE[head_dim] if head_dim in OVERRIDE else DEFAULT[head_dim]
+
+
+def launch_hopper(
+    config, do, q, k, v, lse_tiles, delta_tiles, dq_tiles, dk, dv, far, bias, cu_q, cu_k, lengths_k, problem, grid
+):
+    """Fills dq_tiles, dk, dv and the far sums."""
+    block_m, block_n, num_warps, stages = config.tiles
+    heads, head_dim = q.shape[2:]
+    q_desc, do_desc = (rows_descriptor(x, block_m) for x in (q, do))
+    line, line_size, left, right = None, 0, 0, 1
+    if bias.kind == T5:
+        left, right = bias.left, bias.right
+        line = padded_line(bias, block_m + block_n, 1 / problem.scale)
+        line_size = line.shape[1]
+    fused_backward_kernel[grid](
+        q_desc, do_desc, k, v, lse_tiles, delta_tiles, dq_tiles, dk, dv, far, line, cu_q, cu_k, lengths_k,
+        *k.stride()[:3], *v.stride()[:3], *dk.stride()[:3], *dv.stride()[:3], heads, problem.max_seqlen_q,
+        problem.max_seqlen_k, problem.q_offset, problem.scale, line_size, left, right, HEAD_DIM=head_dim,
+        BLOCK_M=block_m, BLOCK_N=block_n, BIAS=bias.kind, CAUSAL=problem.causal, LINE_GRADIENT=far is not None,
+        STAGES=stages, LATE_DP=config.late_dp, HALF_P=config.half_p, num_warps=num_warps,
+    )  # fmt: skip
+
+
+def rows_descriptor(x: torch.Tensor, block: int) -> TensorDescriptor:
+    """What the copy engine needs to fetch `block` rows of one head of `[B, L, H, D]`."""
+    box = [1, block, 1, x.shape[-1]]
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), box, NVMMASharedLayout(128, 16, 4))
+
+
+RING = {64: 3, 128: 2}  # blocks of keys that fit beside the queries, per head width
+MAX_GROUP = 3  # fp32 tiles that a program's registers hold
+
+
+def hopper_line_gradient(do, q, k, v, lse_tiles, delta_tiles, far, bias, cu_q, cu_k, lengths_k, problem):
+    """As `_line_gradient`, with the kernel for sm_90."""
+    block_m, block_n = 64, 128
+    heads, head_dim = q.shape[2:]
+    first, offsets = near_offsets(bias, problem, block_m, block_n)
+    if cu_q is None:
+        items, item_segment = q.shape[0] * -(-problem.max_seqlen_q // block_n), None
+    else:
+        items, item_segment = segment_of_blocks(cu_q, q.shape[1], block_n)
+    of_a_kind = -(-offsets // 2)
+    groups = -(-of_a_kind // MAX_GROUP)
+    group = -(-of_a_kind // groups)
+    splits = max(1, min(items, multiprocessors(q) // (2 * heads * groups)))
+    tiles = torch.empty((heads * offsets, splits, block_n, block_m), dtype=torch.float32, device=q.device)
+    line = padded_line(bias, block_m + block_n, 1 / problem.scale)
+    near_sums_kernel[(splits, heads, 2 * groups)](
+        rows_descriptor(q, block_m), rows_descriptor(do, block_m), rows_descriptor(k, block_n),
+        rows_descriptor(v, block_n), lse_tiles, delta_tiles, line, tiles, cu_q, cu_k, lengths_k, item_segment, heads,
+        problem.max_seqlen_q, problem.max_seqlen_k, problem.q_offset, problem.scale, line.shape[1],
+        bias.left + block_m + block_n, bias.left, bias.right, first + problem.q_offset, offsets, items,
+        HEAD_DIM=head_dim, BLOCK_M=block_m, GROUP=group, RING=min(group, RING[head_dim]), CAUSAL=problem.causal,
+        num_warps=8,
+    )  # fmt: skip
+    return line_gradient(tiles, far, bias, first, block_m, heads, offsets, keys_first=True)

@@ -1,0 +1,28 @@
+"""Run the Triton kernels in Triton's interpreter where there is no GPU."""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are defined, so before they are imported
+
+pytest.importorskip("triton")
+
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from triton_interpreter import mend
+
+    mend()
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where the kernels under test run."""
+    from fat5.model.ops_attention import INTERPRETED, kernels_serve
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    assert kernels_serve(device), "these tests would miss the kernels"
+    assert (device.type == "cpu") == INTERPRETED, "the kernels were imported before these tests could set them up"
+    return device

@@ -1,0 +1,48 @@
+"""The tables behind T5's bias: buckets, ends of the line, strips, and the way back to the table's gradient."""
+
+import pytest
+import torch
+from transformers.models.t5.modeling_t5 import T5Attention
+
+from fat5.model.ops_attention_bias import bias_line, expand_table, reduce_line
+from fat5.model.ops_attention_strips import expand_strips, strip_origin
+
+TABLES = [(True, 32, 128), (False, 32, 128), (True, 8, 20), (False, 8, 20), (True, 64, 256), (False, 64, 128)]
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_line_holds_the_bucket_of_every_distance(table):
+    buckets, left, right = bias_line(*table)
+    r = torch.arange(-5000, 5001)
+    expected = T5Attention._relative_position_bucket(r, *table)
+    if not table[0]:
+        expected = torch.where(r > 0, 0, expected)
+    assert torch.equal(buckets[r.clamp(-left, right) + left], expected)
+
+
+@pytest.mark.parametrize(("table", "edges"), [((True, 32, 128), (91, 91)), ((False, 32, 128), (113, 1))])
+def test_line_is_as_short_as_it_can_be(table, edges):
+    assert bias_line(*table)[1:] == edges
+
+
+def test_reduce_line_is_the_transpose_of_expand_table():
+    buckets = bias_line(True, 32, 128).buckets
+    table = torch.randn(32, 3, dtype=torch.float64).float().requires_grad_()
+    line = expand_table(table, buckets)
+    grad = torch.randn_like(line)
+    (expected,) = torch.autograd.grad(line, table, grad)
+    torch.testing.assert_close(reduce_line(grad, buckets, 32), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("phase", [0, 3])
+def test_strips_are_the_line_in_the_order_of_the_accumulator(dtype, phase):
+    _, left, right = bias_line(True, 8, 20)
+    line = torch.randn(2, left + right + 1)
+    strips = expand_strips(line, left, right, phase, 64, 1.0, dtype)
+    h, x, l4, lm, jj, e = (torch.arange(n) for n in strips.shape)
+    grid = torch.meshgrid(h, x - strip_origin(left, 64), l4, lm, jj, e, indexing="ij")
+    distance = 8 * (grid[1] + grid[4]) + 2 * grid[3] + grid[5] - grid[2] - phase
+    expected = line[grid[0], distance.clamp(-left, right) + left].to(dtype)
+    rounding = 2**-7 if dtype == torch.bfloat16 else 0.0  # the interpreter truncates
+    torch.testing.assert_close(strips, expected, rtol=rounding, atol=0)

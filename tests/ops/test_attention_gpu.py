@@ -1,0 +1,160 @@
+"""The attention kernels on a GPU: real sizes, long sums, captured graphs, repeated runs, memory around the outputs."""
+
+import pytest
+import torch
+from attention_oracle import assert_as_exact, gradients, plain_attention
+from test_attention import check, make, make_packed, run
+
+from fat5.model.ops_attention import attention
+from fat5.model.ops_attention_bias import T5Bias
+
+pytestmark = pytest.mark.gpu
+HALF = [torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", [*HALF, torch.float32])
+@pytest.mark.parametrize("d", [16, 32, 64, 80, 96, 128, 256])
+@pytest.mark.parametrize("causal", [False, True])
+def test_head_dims(device, dtype, d, causal):
+    check(make(device, 511, d=d, dtype=dtype, causal=causal, buckets=32, max_distance=128, scale=d**-0.5))
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("kind", ["t5", "alibi", "dense", None])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_real_sizes(device, dtype, kind, causal, deterministic):
+    x = make(
+        device, 1023, 1100, d=64, heads=4, dtype=dtype, kind=kind, causal=causal, bidirectional=not causal, buckets=32,
+        max_distance=128, scale=0.125, lengths=[1100, 700],
+    )  # fmt: skip
+    check(x, deterministic=deterministic)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("causal", [False, True])
+def test_packs_of_mixed_lengths(device, dtype, causal):
+    check(
+        make_packed(device, [512, 1, 0, 129, 1023, 64, 63, 300], d=64, heads=4, dtype=dtype, causal=causal, scale=0.125)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("causal", [False, True])
+def test_long_sums(device, dtype, causal):
+    """At 8k the gradients of the far buckets are sums over tens of millions of scores."""
+    check(
+        make(device, 8192, d=64, heads=1, batch=1, dtype=dtype, causal=causal, bidirectional=not causal, buckets=32,
+             max_distance=128, scale=0.125)
+    )  # fmt: skip
+
+
+def test_32k(device):
+    """Rows here and there against fp64: the whole score matrix would not be quick."""
+    x = make(device, 32768, d=64, heads=2, batch=1, dtype=torch.bfloat16, buckets=32, max_distance=128, scale=0.125)
+    out = run(x, x.leaves())
+    for first in (0, 12345, 32640):
+        rows = type(x)(**(vars(x) | {"q": x.q[:, :, first : first + 128], "q_offset": first}))
+        leaves = rows.leaves(torch.float64)
+        assert_as_exact(
+            f"rows {first}",
+            out[:, :, first : first + 128],
+            plain_attention(rows, leaves),
+            plain_attention(rows, rows.leaves()),
+        )
+
+
+@pytest.mark.parametrize(("deterministic", "names"), [(True, "out dq dk dv dbias"), (False, "out dk dv dbias")])
+def test_repeated_runs_give_the_same_bits(device, deterministic, names):
+    x = make(device, 2048, d=64, heads=4, batch=4, dtype=torch.bfloat16, buckets=32, max_distance=128, scale=0.125)
+    grad = torch.randn_like(x.q)
+
+    def everything():
+        leaves = x.leaves()
+        out = run(x, leaves, deterministic=deterministic)
+        return dict(zip(("out", "dq", "dk", "dv", "dbias"), [out, *gradients(out, leaves, grad)], strict=True))
+
+    first = everything()
+    for _ in range(3):
+        again = everything()
+        assert all(torch.equal(first[name], again[name]) for name in names.split())
+
+
+def test_captured_in_a_graph(device):
+    x = make(device, 300, d=64, dtype=torch.bfloat16, buckets=32, max_distance=128)
+    leaves, grad = x.leaves(), torch.randn_like(x.q)
+
+    def step():
+        out = attention(*leaves[:3], bias=T5Bias(leaves[3]), dropout_p=0.1)
+        return [out, *torch.autograd.grad(out, leaves, grad)]
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    first = [t.clone() for t in captured]
+    graph.replay()
+    assert not torch.equal(captured[0], first[0]), "a replay drops other weights"
+    with torch.no_grad():
+        for leaf in leaves:
+            leaf.mul_(0.5)
+    graph.replay()
+    assert all(torch.isfinite(t).all() for t in captured)
+
+
+def test_compiled_by_inductor(device):
+    x = make(device, 200, d=64, dtype=torch.bfloat16, buckets=32, max_distance=128)
+    leaves, grad = x.leaves(), torch.randn_like(x.q)
+
+    def step(q, k, v, table):
+        return attention(q * 0.5, k, v, bias=T5Bias(table), causal=True) * 2
+
+    compiled = torch.compile(step, fullgraph=True)
+    for a, b in zip(gradients(compiled(*leaves), leaves, grad), gradients(step(*leaves), leaves, grad), strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
+
+
+def test_memory_is_linear_in_length(device):
+    def peak(length):
+        x = make(device, length, d=64, heads=2, batch=1, dtype=torch.bfloat16, buckets=32, max_distance=128)
+        leaves, grad = x.leaves(), torch.randn_like(x.q)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        gradients(run(x, leaves), leaves, grad)
+        return torch.cuda.max_memory_allocated() - before
+
+    peak(1024)
+    fixed, short, long = peak(1024), peak(16384), peak(32768)
+    assert long - fixed < 2.2 * (short - fixed)
+    assert long < 32768 * 2 * 64 * 2 * 16, "a few times the size of q"
+
+
+def test_nothing_outside_the_outputs_is_written(device, monkeypatch):
+    """Every allocation of the launchers lies between guards of NaN."""
+    x = make(device, 333, 257, d=80, dtype=torch.bfloat16, buckets=32, max_distance=128)
+    leaves, grad = x.leaves(), torch.randn_like(x.q)
+    guards = []
+    empty = torch.empty
+
+    def guarded(*size, dtype=torch.float32, device=None, **options):
+        shape = size[0] if len(size) == 1 and not isinstance(size[0], int) else size
+        count = torch.Size(shape).numel()
+        if not dtype.is_floating_point:
+            return empty(shape, dtype=dtype, device=device)
+        memory = torch.full((count + 2048,), float("nan"), dtype=dtype, device=device)
+        guards.append((memory[:1024], memory[1024 + count :]))
+        return memory[1024 : 1024 + count].view(shape)
+
+    monkeypatch.setattr(torch, "empty", guarded)
+    monkeypatch.setattr(torch, "empty_like", lambda t, **options: guarded(t.shape, dtype=t.dtype, device=t.device))
+    results = gradients(run(x, leaves), leaves, grad)
+    torch.cuda.synchronize()
+    monkeypatch.undo()
+    assert guards
+    assert all(torch.isnan(g).all() for pair in guards for g in pair)
+    assert all(torch.isfinite(r).all() for r in results)

@@ -1,0 +1,155 @@
+"""The attention operator as torch sees it: registration, compilation, recomputation, what it refuses."""
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from fat5.model.ops_attention import attention
+from fat5.model.ops_attention_bias import AlibiBias, DenseBias, T5Bias
+
+
+@pytest.fixture
+def leaves(device):
+    q, k, v = (torch.randn(1, 2, 33, 16, device=device, requires_grad=True) for _ in range(3))
+    return q, k, v, torch.randn(8, 2, device=device, requires_grad=True)
+
+
+def operands(q, k, v, bias, kind, cu=None):
+    """Arguments of the registered operator for `[B, H, L, D]` tensors."""
+    q, k, v = (x.detach().transpose(1, 2).contiguous().requires_grad_(x.requires_grad) for x in (q, k, v))
+    return (q, k, v, bias, cu, cu, None, None, kind, True, 20, False, 0.5, 0, 0.0, 33, 33, False)
+
+
+@pytest.mark.parametrize("kind", ["t5", "dense", "none", "packed"])
+def test_opcheck(leaves, kind):
+    q, k, v, table = leaves
+    cu = torch.tensor([0, 13, 33], dtype=torch.int32, device=q.device) if kind == "packed" else None
+    bias = {"dense": torch.randn(1, 2, 33, 33, device=q.device, requires_grad=True), "none": None}.get(kind, table)
+    torch.library.opcheck(
+        torch.ops.fat5.attention_forward.default, operands(q, k, v, bias, {"dense": 3, "none": 0}.get(kind, 1), cu)
+    )
+
+
+def test_compiles_into_one_graph(leaves):
+    def step(q, k, v, table):
+        return attention(q * 2, k, v, bias=T5Bias(table, True, 20), causal=True).sin()
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    grad = torch.randn_like(leaves[0])
+    expected, got = step(*leaves), compiled(*leaves)
+    torch.testing.assert_close(got, expected)
+    for a, b in zip(torch.autograd.grad(got, leaves, grad), torch.autograd.grad(expected, leaves, grad), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_compiles_packed_with_given_lengths(leaves):
+    q, k, v = (x[0].transpose(0, 1).detach() for x in leaves[:3])
+    cu = torch.tensor([0, 13, 33], dtype=torch.int32, device=q.device)
+
+    def step(q, k, v, cu):
+        return attention(q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=20, max_seqlen_k=20)
+
+    torch.testing.assert_close(torch.compile(step, fullgraph=True, backend="aot_eager")(q, k, v, cu), step(q, k, v, cu))
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_recomputation_gives_the_same_gradients(leaves, dropout_p):
+    def step(q, k, v, table):
+        return attention(q, k, v, bias=T5Bias(table, True, 20), dropout_p=dropout_p)
+
+    torch.manual_seed(3)
+    expected = torch.autograd.grad(step(*leaves).square().sum(), leaves)
+    torch.manual_seed(3)
+    got = torch.autograd.grad(checkpoint(step, *leaves, use_reentrant=False).square().sum(), leaves)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_autocast_with_a_table_in_fp32(leaves):
+    with torch.autocast(leaves[0].device.type, torch.bfloat16):
+        q, k, v = (torch.nn.functional.linear(x, torch.eye(16, device=x.device)) for x in leaves[:3])
+        out = attention(q, k, v, bias=T5Bias(leaves[3], True, 20))
+    assert out.dtype == torch.bfloat16
+    assert torch.autograd.grad(out.sum(), leaves[3])[0].dtype == torch.float32
+
+
+def test_second_derivatives_are_refused(leaves):
+    q, k, v, _ = leaves
+    (first,) = torch.autograd.grad(attention(q, k, v).square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="attention_backward"):
+        first.sum().backward()
+
+
+def test_function_transforms_are_refused(leaves):
+    q, k, v = (x.detach() for x in leaves[:3])
+
+    def loss(x):
+        return attention(x, k, v).sum()
+
+    for transformed in (
+        lambda: torch.func.grad(loss)(q),
+        lambda: torch.func.vmap(loss)(q[None]),
+        lambda: torch.func.jvp(loss, (q,), (q,)),
+    ):
+        with pytest.raises(NotImplementedError, match="reverse-mode autograd only"):
+            transformed()
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="reverse-mode"):
+        loss(torch.autograd.forward_ad.make_dual(q, q))
+
+
+def test_fresh_outputs_are_written_everywhere(leaves, monkeypatch):
+    """Memory that the launchers allocate starts as NaN, and none of it comes out."""
+    empty, empty_like = torch.empty, torch.empty_like
+
+    def poisoned(allocate):
+        def allocate_poisoned(*args, **options):
+            fresh = allocate(*args, **options)
+            return fresh.fill_(float("nan")) if fresh.is_floating_point() else fresh
+
+        return allocate_poisoned
+
+    def everything(**options):
+        out = attention(*leaves[:3], bias=T5Bias(leaves[3], True, 20), **options)
+        return [out, *torch.autograd.grad(out.square().sum(), leaves)]
+
+    for options in ({"deterministic": True}, {"causal": True, "deterministic": True}, {}):
+        expected = everything(**options)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "empty", poisoned(empty))
+            patch.setattr(torch, "empty_like", poisoned(empty_like))
+            for a, b in zip(everything(**options), expected, strict=True):
+                torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": torch.randn(1, 2, 33, 8)}, "agree in batch, heads and head_dim"),
+        ({"v": torch.randn(1, 2, 30, 16)}, "must be"),
+        ({"q": torch.randn(2, 33, 16)}, "must be"),
+        ({"k": torch.randn(1, 2, 33, 16).half()}, "one dtype"),
+        ({"scale": 0.0}, "scale > 0"),
+        ({"dropout_p": 1.0}, "dropout_p < 1"),
+        ({"q_offset": -1}, "q_offset >= 0"),
+        ({"cu_seqlens_q": torch.tensor([0, 3])}, "give both or neither"),
+        ({"bias": T5Bias(torch.randn(8, 3))}, r"must be \[num_buckets, 2\]"),
+        ({"bias": AlibiBias(torch.rand(2, requires_grad=True))}, "slopes"),
+        ({"bias": DenseBias(torch.randn(1, 2, 33, 1))}, "broadcastable"),
+    ],
+)
+def test_bad_arguments_are_named(change, message):
+    q, k, v = (torch.randn(1, 2, 33, 16) for _ in range(3))
+    arguments = {"q": q, "k": k, "v": v} | change
+    with pytest.raises(ValueError, match=message):
+        attention(arguments.pop("q"), arguments.pop("k"), arguments.pop("v"), **arguments)
+
+
+def test_head_dim_limit_and_packed_options():
+    wide = torch.randn(1, 1, 2, 264)
+    with pytest.raises(ValueError, match="head_dim is 264"):
+        attention(wide, wide, wide)
+    x, cu = torch.randn(4, 1, 16), torch.tensor([0, 4], dtype=torch.int32)
+    with pytest.raises(ValueError, match="padded layout"):
+        attention(x, x, x, cu_seqlens_q=cu, cu_seqlens_k=cu, q_offset=2)
+    with pytest.raises(ValueError, match="differ"):
+        attention(x, x, x, cu_seqlens_q=cu, cu_seqlens_k=torch.tensor([0, 2, 4]))
