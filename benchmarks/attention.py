@@ -1,0 +1,285 @@
+"""Measure attention with T5's bias against what else computes it, and against attention without a bias.
+
+    python benchmarks/attention.py                        # everything (one GPU, about 5 minutes)
+    python benchmarks/attention.py --head-dims 64 --lengths 1024 4096 --peers fat5_t5 cudnn_no_bias
+    TRITON_INTERPRET=1 python benchmarks/attention.py     # toy sizes on a CPU: runs everything, times mean nothing
+
+All on the same tensors in one run: bf16, `heads * head_dim = 768`, a constant number of tokens. Prints a table, and
+writes `attention-<device>.json` (figures, device, versions, commit, date) and a picture to `benchmarks/results/`.
+
+Forward and backward are captured in CUDA graphs, so that no launcher's speed is measured, and replayed with a cold L2;
+backward is (forward and backward) minus forward, medians of each. FLOPs are counted as 4BHMND forward and 10BHMND
+backward, half of that when causal. Memory is the peak of forward and backward beyond inputs, outputs and gradients.
+"""
+
+import argparse
+import datetime
+import json
+import platform
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from fat5.model.ops_attention import INTERPRETED, attention
+from fat5.model.ops_attention_bias import T5Bias, bias_line, expand_table
+
+if INTERPRETED:
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "ops"))
+    from triton_interpreter import mend
+
+    mend()
+
+RESULTS = Path(__file__).parent / "results"
+WIDTH = 768
+ON_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+Run = Callable[..., torch.Tensor]
+
+
+def sdpa(*backends: SDPBackend) -> Callable[[bool], Run]:
+    """Torch's attention, with T5's bias written out, or without a bias."""
+
+    def build(causal: bool) -> Run:
+        def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+            with sdpa_kernel(list(backends)):
+                own_mask = bias is None and causal
+                return scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=own_mask, scale=1.0)
+
+        return run
+
+    return build
+
+
+def flex(causal: bool) -> Run:
+    """`flex_attention`, compiled, with the bias read from a learned line."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    _, left, right = bias_line(not causal, 32, 128)
+    compiled = torch.compile(flex_attention, dynamic=False)
+    masks: dict[int, object] = {}
+
+    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, line: torch.Tensor) -> torch.Tensor:
+        def biased(score, b, h, i, j):
+            return score + line[h, (j - i).clamp(-left, right) + left]
+
+        length = q.shape[2]
+        if causal and length not in masks:
+            masks[length] = create_block_mask(lambda b, h, i, j: i >= j, None, None, length, length, device=q.device)
+        return compiled(q, k, v, score_mod=biased, block_mask=masks.get(length), scale=1.0)
+
+    return run
+
+
+def fat5(deterministic: bool = False) -> Callable[[bool], Run]:
+    """This project's operator."""
+
+    def build(causal: bool) -> Run:
+        def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, table: torch.Tensor | None = None) -> torch.Tensor:
+            t5 = None if table is None else T5Bias(table, bidirectional=not causal)
+            return attention(q, k, v, bias=t5, causal=causal, deterministic=deterministic)
+
+        return run
+
+    return build
+
+
+# name -> (what the bias is given as, how to build the function for a causal flag or not, longest sequence)
+PEERS: dict[str, tuple[str | None, Callable[[bool], Run], int]] = {
+    "fat5_t5": ("table", fat5(), 1 << 20),
+    "fat5_t5_deterministic": ("table", fat5(deterministic=True), 1 << 20),
+    "fat5_no_bias": (None, fat5(), 1 << 20),
+    "cudnn_no_bias": (None, sdpa(SDPBackend.CUDNN_ATTENTION), 1 << 20),
+    "flash2_no_bias": (None, sdpa(SDPBackend.FLASH_ATTENTION), 1 << 20),
+    "efficient_no_bias": (None, sdpa(SDPBackend.EFFICIENT_ATTENTION), 1 << 20),
+    "sdpa_dense_bias": ("dense", sdpa(SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH), 4096),
+    "cudnn_dense_bias": ("dense", sdpa(SDPBackend.CUDNN_ATTENTION), 4096),
+    "flex_learned_line": ("line", flex, 1 << 20),
+}
+
+
+def make_inputs(head_dim: int, length: int, tokens: int, causal: bool, form: str | None) -> list[torch.Tensor]:
+    """Leaves q, k, v `[B, H, L, D]` (views of `[B, L, H, D]`), and the bias in its form."""
+    batch, heads = max(1, tokens // length), WIDTH // head_dim
+    shape = (batch, length, heads, head_dim)
+    q, k, v = (torch.randn(shape, device=DEVICE, dtype=torch.bfloat16).transpose(1, 2) for _ in range(3))
+    leaves = [q * head_dim**-0.5, k, v]
+    table = torch.randn(32, heads, device=DEVICE)
+    buckets, left, right = bias_line(not causal, 32, 128)
+    if form == "table":
+        leaves.append(table.bfloat16())
+    elif form == "line":
+        leaves.append(expand_table(table, buckets.to(DEVICE)))
+    elif form == "dense":
+        distance = torch.arange(length, device=DEVICE)[None, :] - torch.arange(length, device=DEVICE)[:, None]
+        line = expand_table(table, buckets.to(DEVICE)).bfloat16()
+        dense = line[:, distance.clamp(-left, right) + left][None]
+        leaves.append(dense.masked_fill_(distance > 0, -torch.inf) if causal else dense)
+    return [x.detach().requires_grad_() for x in leaves]
+
+
+def milliseconds(function: Callable[[], object], rep: int) -> float:
+    """Median time of one call: on a GPU captured in a graph and replayed for `rep` ms."""
+    if not ON_GPU:
+        start = time.perf_counter()
+        function()
+        return (time.perf_counter() - start) * 1e3
+    from triton.testing import do_bench
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    time_ms = do_bench(graph.replay, warmup=rep // 4, rep=rep, return_mode="median")
+    del graph
+    return time_ms
+
+
+def extra_memory(run: Run, leaves: list[torch.Tensor], grad: torch.Tensor) -> int | None:
+    """Peak bytes of forward and backward beyond inputs, output and gradients."""
+    if not ON_GPU:
+        return None
+    torch.cuda.empty_cache()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out = run(*leaves)
+    torch.autograd.grad(out, leaves, grad)
+    results = sum(x.numel() * x.element_size() for x in [out, *leaves])
+    return torch.cuda.max_memory_allocated() - before - results
+
+
+def measure(name: str, head_dim: int, length: int, tokens: int, causal: bool, rep: int) -> dict:
+    """One peer at one size: times, rates, memory; or why there are none."""
+    record = {"peer": name, "head_dim": head_dim, "length": length, "causal": causal}
+    form, build, longest = PEERS[name]
+    if length > longest:
+        return record | {"skipped": f"not measured beyond {longest}"}
+    leaves = make_inputs(head_dim, length, tokens, causal, form)
+    grad = torch.randn_like(leaves[0])
+    run = build(causal)
+    try:
+        memory = extra_memory(run, leaves, grad)
+        forward = milliseconds(lambda: run(*(x.detach() for x in leaves)), rep)
+        both = milliseconds(lambda: torch.autograd.grad(run(*leaves), leaves, grad), rep)
+    except (RuntimeError, ValueError) as error:  # a backend that does not take these tensors says so
+        return record | {"skipped": str(error).splitlines()[0][:200]}
+    products = leaves[0].shape[0] * length * length * WIDTH * (0.5 if causal else 1.0)
+    return record | {
+        "batch": leaves[0].shape[0],
+        "forward_ms": forward,
+        "backward_ms": both - forward,
+        "forward_tflops": 4 * products / forward / 1e9,
+        "backward_tflops": 10 * products / (both - forward) / 1e9,
+        "extra_memory_bytes": memory,
+    }
+
+
+def describe() -> dict:
+    """Where and with what this was measured."""
+    import triton
+
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    return {
+        "device": torch.cuda.get_device_name()
+        if ON_GPU
+        else f"cpu ({platform.machine()}), interpreted: times mean nothing",
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version() if ON_GPU else None,
+        "triton": triton.__version__,
+        "commit": commit.stdout.strip() if commit.returncode == 0 else None,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def print_table(records: list[dict]) -> None:
+    """One row per peer, one column per length: forward / backward TFLOPS."""
+    groups = sorted({(r["head_dim"], r["causal"]) for r in records})
+    for head_dim, causal in groups:
+        rows = [r for r in records if (r["head_dim"], r["causal"]) == (head_dim, causal)]
+        lengths = sorted({r["length"] for r in rows})
+        print(f"\nhead_dim {head_dim}, {'causal' if causal else 'not causal'}: TFLOPS forward / backward")
+        print(f"{'':24}" + "".join(f"{n:>13}" for n in lengths))
+        for name in PEERS:
+            cells = {r["length"]: f"{r['forward_tflops']:.4g}/{r['backward_tflops']:.4g}" for r in rows
+                     if r["peer"] == name and "forward_tflops" in r}  # fmt: skip
+            if cells:
+                print(f"{name:24}" + "".join(f"{cells.get(n, '-'):>13}" for n in lengths), flush=True)
+
+
+def draw(records: list[dict], device: str, path: Path) -> None:
+    """TFLOPS over length: a row of plots for each head width, forward and backward, causal or not."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    head_dims, kinds = sorted({r["head_dim"] for r in records}), sorted({r["causal"] for r in records})
+    columns = [(causal, way) for causal in kinds for way in ("forward", "backward")]
+    figure, axes = pyplot.subplots(
+        len(head_dims), len(columns), figsize=(4.2 * len(columns), 3.6 * len(head_dims)), squeeze=False, sharex=True
+    )
+    for axis, (head_dim, (causal, way)) in zip(axes.flat, [(d, c) for d in head_dims for c in columns], strict=True):
+        for name in PEERS:
+            points = sorted((r["length"], r[f"{way}_tflops"]) for r in records if f"{way}_tflops" in r
+                            and (r["peer"], r["head_dim"], r["causal"]) == (name, head_dim, causal))  # fmt: skip
+            if points:
+                style = "-" if name.startswith("fat5") else "--"
+                axis.plot(*zip(*points, strict=True), style, marker="o", markersize=3, label=name)
+        axis.set_title(f"{way}, head_dim {head_dim}{', causal' if causal else ''}", fontsize=10)
+        axis.set_xscale("log", base=2)
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+    axes[0, 0].set_ylabel("TFLOPS")
+    axes[0, 0].legend(fontsize=7)
+    figure.suptitle(f"Attention on {device}, bf16")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    """Measure, print, store and draw."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--peers", nargs="+", choices=list(PEERS), default=list(PEERS))
+    parser.add_argument("--head-dims", nargs="+", type=int, default=[64, 128] if ON_GPU else [64])
+    parser.add_argument("--lengths", nargs="+", type=int, default=[512, 1024, 2048, 4096, 16384] if ON_GPU else [64])
+    parser.add_argument("--causal", nargs="+", choices=("no", "yes"), default=["no", "yes"])
+    parser.add_argument("--tokens", type=int, default=32768 if ON_GPU else 64)
+    parser.add_argument("--rep", type=int, default=100, help="milliseconds of replays per figure")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no new measurement after this time")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    start = time.monotonic()
+    about, records = describe(), []
+    device = re.sub(r"[^a-z0-9]+", "-", about["device"].lower().split(",")[0]).strip("-")
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    path = arguments.output / f"attention-{device}.json"
+    for name in arguments.peers:
+        for causal in arguments.causal:
+            for head_dim in arguments.head_dims:
+                for length in arguments.lengths:
+                    if time.monotonic() - start < arguments.seconds:
+                        records.append(
+                            measure(name, head_dim, length, arguments.tokens, causal == "yes", arguments.rep)
+                        )
+        path.write_text(json.dumps(about | {"tokens": arguments.tokens, "records": records}, indent=1) + "\n")
+    print_table(records)
+    draw(records, about["device"], path.with_suffix(".png"))
+    skipped = sorted({f"{r['peer']}: {r['skipped']}" for r in records if "skipped" in r})
+    print("\n" + "\n".join([*skipped, f"written: {path} and its picture"]))
+
+
+if __name__ == "__main__":
+    main()
