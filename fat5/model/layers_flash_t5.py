@@ -11,7 +11,7 @@ from .configuration_flash_t5 import FlashT5Config
 
 
 class FlashT5LayerNorm(nn.Module):
-    """RMSNorm: scale only, no mean and no bias, statistics in fp32 (Zhang & Sennrich 2019, arXiv:1910.07467)."""
+    """RMSNorm: scale only, no mean and no bias, statistics in fp32 or better (Zhang & Sennrich 2019, arXiv:1910.07467)."""
 
     def __init__(self, hidden_size: int, eps: float) -> None:
         super().__init__()
@@ -20,7 +20,8 @@ class FlashT5LayerNorm(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`[..., D]` to `[..., D]`, in the weight's dtype where that is fp16 or bf16."""
-        variance = hidden_states.float().square().mean(-1, keepdim=True)
+        statistics_dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+        variance = hidden_states.to(statistics_dtype).square().mean(-1, keepdim=True)
         hidden_states = hidden_states * torch.rsqrt(variance + self.eps)
         if self.weight.dtype in (torch.float16, torch.bfloat16):
             hidden_states = hidden_states.to(self.weight.dtype)
