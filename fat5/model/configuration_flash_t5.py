@@ -77,6 +77,7 @@ class FlashT5Config(PretrainedConfig):
         is_encoder_decoder: bool = True,
         use_cache: bool = True,
         classifier_dropout: float = 0.0,
+        residual_in_fp32: bool = False,
         **kwargs: Any,
     ) -> None:
         self.vocab_size = vocab_size
@@ -98,6 +99,7 @@ class FlashT5Config(PretrainedConfig):
         self.scale_decoder_outputs = tie_word_embeddings if scale_decoder_outputs is None else scale_decoder_outputs
         self.use_cache = use_cache
         self.classifier_dropout = classifier_dropout
+        self.residual_in_fp32 = residual_in_fp32
         self._validate_fields()
 
         if pad_token_id is not None and pad_token_id < 0:

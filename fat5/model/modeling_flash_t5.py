@@ -13,7 +13,11 @@ from transformers.utils import ModelOutput
 
 from .attention import ATTENTION_FUNCTIONS, FlashT5Attention
 from .configuration_flash_t5 import FlashT5Config
+from .fused_linear import is_plain
 from .layers_flash_t5 import FlashT5Block, FlashT5LayerNorm
+from .ops_attention import kernels_serve
+from .ops_cross_entropy import cross_entropy
+from .ops_linear_cross_entropy import linear_cross_entropy
 from .position_encoding import RelativePositionBias
 from .runtime_files import copy_runtime_files
 from .stack_flash_t5 import FlashT5Stack, static_length
@@ -23,7 +27,6 @@ if TYPE_CHECKING:
     from .attention_layout import KernelLayout as KernelLayout
     from .attention_mask import AttentionMask as AttentionMask
     from .fused_attention import fused_attention as fused_attention
-    from .ops_attention import attention as attention
     from .ops_attention_backward import launch_backward as launch_backward
     from .ops_attention_backward_configs import backward_config as backward_config
     from .ops_attention_backward_hopper import issue_tile as issue_tile
@@ -42,6 +45,13 @@ if TYPE_CHECKING:
     from .ops_attention_problem import Problem as Problem
     from .ops_attention_reference import reference_attention as reference_attention
     from .ops_attention_strips import expand_strips as expand_strips
+    from .ops_cross_entropy_kernels import launch_loss as launch_loss
+    from .ops_dropout_tile import keep_tile as keep_tile
+    from .ops_gated_act import gated_act as gated_act
+    from .ops_gated_act_kernels import activate as activate
+    from .ops_philox import philox as philox
+    from .ops_rms_norm import add_rms_norm as add_rms_norm
+    from .ops_rms_norm_kernels import launch_shape as launch_shape
 
 __all__ = [
     "FlashT5Attention",
@@ -304,7 +314,8 @@ class FlashT5ForConditionalGeneration(FlashT5EncoderDecoder, GenerationMixin):
     ) -> Seq2SeqLMOutput | tuple[torch.Tensor, ...]:
         """Logits `[B, Ld, V]` in the model's dtype and, given labels, the loss in fp32.
 
-        Arguments as in `run`, and these:
+        Training with labels on a GPU, the loss is computed without logits, which then are None. Arguments as in `run`,
+        and these:
 
         Args:
             labels: int64 `[B, Ld]`, -100 where nothing is to be predicted. Without decoder inputs these are the
@@ -333,12 +344,10 @@ class FlashT5ForConditionalGeneration(FlashT5EncoderDecoder, GenerationMixin):
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
         )
-        hidden_states = outputs.last_hidden_state
-        if self.config.scale_decoder_outputs:
-            hidden_states = hidden_states * self.config.d_model**-0.5
-        logits = self.lm_head(hidden_states)
+        hidden_states: Any = outputs.last_hidden_state
+        loss, logits = self.loss_and_logits(hidden_states, labels, num_items_in_batch)
         output = Seq2SeqLMOutput(
-            loss=None if labels is None else cross_entropy(logits, labels, num_items_in_batch),
+            loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             decoder_hidden_states=outputs.decoder_hidden_states,
@@ -350,6 +359,31 @@ class FlashT5ForConditionalGeneration(FlashT5EncoderDecoder, GenerationMixin):
         )
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
+
+    def loss_and_logits(
+        self,
+        hidden_states: torch.Tensor,
+        labels: torch.Tensor | None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Loss in fp32, None without labels, and logits `[B, Ld, V]`, None if the loss did without them.
+
+        Args:
+            hidden_states: the decoder's output, `[B, Ld, D]`.
+            labels: int64 `[B, Ld]`, -100 where nothing is to be predicted.
+            num_items_in_batch: as in `forward`.
+        """
+        scale = self.config.d_model**-0.5 if self.config.scale_decoder_outputs else 1.0
+        if labels is not None and self.training and kernels_serve(hidden_states.device) and is_plain(self.lm_head):
+            fused = linear_cross_entropy(
+                hidden_states, self.lm_head.weight, labels, logit_scale=scale, num_items=num_items_in_batch
+            )
+            return fused.loss, None
+        logits = self.lm_head(hidden_states if scale == 1.0 else hidden_states * scale)
+        loss = None
+        if labels is not None:
+            loss = cross_entropy(logits, labels, num_items=num_items_in_batch).loss
+        return loss, logits
 
     def prepare_decoder_input_ids_from_labels(
         self, labels: torch.Tensor, decoder_segment_ids: torch.Tensor | None = None
@@ -422,22 +456,6 @@ class FlashT5EncoderModel(FlashT5PreTrainedModel):
             output_hidden_states=output_hidden_states,
             return_dict=return_dict,
         )
-
-
-def cross_entropy(
-    logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
-) -> torch.Tensor:
-    """Cross-entropy in fp32 of logits `[B, L, V]` on labels `[B, L]`, over those that are not -100.
-
-    Summed, then divided by `num_items_in_batch`, or by the number of labels (1 if there are none).
-    """
-    labels = labels.to(logits.device)
-    total = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
-    if num_items_in_batch is None:
-        num_items_in_batch = (labels != -100).sum().clamp(min=1)
-    elif isinstance(num_items_in_batch, torch.Tensor):
-        num_items_in_batch = num_items_in_batch.to(total.device)
-    return total / num_items_in_batch
 
 
 FlashT5Model.register_for_auto_class("AutoModel")

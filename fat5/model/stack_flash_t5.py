@@ -10,7 +10,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 
 from .attention_mask import AttentionMask
 from .configuration_flash_t5 import FlashT5Config
-from .layers_flash_t5 import FlashT5Block, FlashT5LayerNorm
+from .layers_flash_t5 import FlashT5Block, FlashT5LayerNorm, add_branch, dropout_probability
 
 
 class FlashT5Stack(nn.Module):
@@ -100,12 +100,16 @@ class FlashT5Stack(nn.Module):
 
         hidden_states = self.dropout(inputs_embeds)
         all_hidden_states, all_weights, all_cross_weights = [], [], []
-        bias = cross_bias = None
+        if self.config.residual_in_fp32:
+            hidden_states = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
+        branch = bias = cross_bias = None
         for block in self.block:
             if output_hidden_states:
-                all_hidden_states.append(hidden_states)
-            hidden_states, bias, cross_bias, weights, cross_weights = block(
+                hidden_states, branch = add_branch(hidden_states, branch, self.dropout), None
+                all_hidden_states.append(hidden_states.to(inputs_embeds.dtype))
+            hidden_states, branch, bias, cross_bias, weights, cross_weights = block(
                 hidden_states,
+                branch,
                 None if self.config.relative_attention_per_layer else bias,
                 encoder_hidden_states,
                 cross_bias,
@@ -116,7 +120,8 @@ class FlashT5Stack(nn.Module):
             )
             all_weights.append(weights)
             all_cross_weights.append(cross_weights)
-        hidden_states = self.dropout(self.final_layer_norm(hidden_states))
+        hidden_states, _ = self.final_layer_norm(hidden_states, branch, dropout_probability(self.dropout))
+        hidden_states = self.dropout(hidden_states)
         output = BaseModelOutputWithPastAndCrossAttentions(
             last_hidden_state=hidden_states,
             past_key_values=past_key_values,
