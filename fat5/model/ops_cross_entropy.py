@@ -113,14 +113,21 @@ def reference_rows(
 
 def new_rows(like: torch.Tensor, count: int) -> "Rows":
     """Room for the results of `count` rows."""
-    return Rows(*(torch.empty(count, dtype=torch.float32, device=like.device) for _ in range(4)))
+    shapes = ((count,), (count,), (count,), (count, 2))
+    return Rows(*(torch.empty(shape, dtype=torch.float32, device=like.device) for shape in shapes))
+
+
+def row_shapes(like: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The same for the operators' shape functions, which run where there is no Triton."""
+    shapes = ((), (), (), (2,))
+    return tuple(like.new_empty((like.shape[0], *shape), dtype=torch.float32) for shape in shapes)
 
 
 @torch.library.custom_op("fat5::cross_entropy_forward", mutates_args=())
 def cross_entropy_forward(
     logits: torch.Tensor, labels: torch.Tensor, ignore_index: int, z_loss: float, smoothing: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Loss, z-loss, right predictions and log-sum-exp, fp32 `[T]`, of logits `[T, V]`."""
+    """Loss, z-loss, right predictions, fp32 `[T]`, and log-sum-exp `[T, 2]` of logits `[T, V]`."""
     logits = logits if logits.stride(-1) == 1 else logits.contiguous()
     rows = new_rows(logits, logits.shape[0])
     launch_loss(logits, labels.contiguous(), rows, ignore_index, z_loss, smoothing)
@@ -129,7 +136,7 @@ def cross_entropy_forward(
 
 @cross_entropy_forward.register_fake
 def _forward_shapes(logits, *options):  # type: ignore[no-untyped-def]  # as long as the operator's own
-    return tuple(logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(4))
+    return row_shapes(logits)
 
 
 @torch.library.custom_op("fat5::cross_entropy_backward", mutates_args=())

@@ -16,7 +16,10 @@ VECTOR = tl.constexpr(8)
 
 
 class Rows(NamedTuple):
-    """Results for each row, all fp32 `[T]`, zeros at ignored labels."""
+    """Results for each row, fp32 `[T]`, zeros at ignored labels.
+
+    The log-sum-exp is `[T, 2]`, the largest logit and the rest: their sum would lose the rest's digits to the largest.
+    """
 
     loss: torch.Tensor
     z_loss: torch.Tensor
@@ -25,17 +28,23 @@ class Rows(NamedTuple):
 
 
 @triton.jit
+def columns(first, BLOCK: tl.constexpr):
+    """Columns `[BLOCK // 8, 8]` from `first` on, such that a row of them is seen to be consecutive."""
+    return first + tl.arange(0, BLOCK // VECTOR)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
+
+
+@triton.jit
 def load_logits(p_row, first, V: tl.constexpr, BLOCK: tl.constexpr):
     """Fp32 logits `[BLOCK // 8, 8]` of a row from column `first` on, -inf beyond its end; and their columns."""
-    o_v = first + tl.reshape(tl.arange(0, BLOCK), (BLOCK // VECTOR, VECTOR))
+    o_v = columns(first, BLOCK)
     return tl.load(p_row + o_v, mask=o_v < V, other=float("-inf")).to(tl.float32), o_v
 
 
 @triton.jit
-def logit_gradient(b_logits, o_v, label, lse, z_loss, smoothing, factor, V: tl.constexpr):
-    """Gradient of a row's loss, times `factor`."""
+def logit_gradient(b_logits, o_v, label, largest, rest, z_loss, smoothing, factor, V: tl.constexpr):
+    """Gradient of a row's loss, times `factor`; the row's log-sum-exp is `largest + rest`."""
     b_target = tl.where(o_v == label, 1.0 - smoothing, 0.0) + smoothing / V
-    return (tl.exp(b_logits - lse) * (1.0 + 2.0 * z_loss * lse) - b_target) * factor
+    return (tl.exp(b_logits - largest - rest) * (1.0 + 2.0 * z_loss * (largest + rest)) - b_target) * factor
 
 
 @triton.jit
@@ -51,13 +60,16 @@ def loss_kernel(
         tl.store(p_loss + row, 0.0)
         tl.store(p_z_loss + row, 0.0)
         tl.store(p_correct + row, 0.0)
-        tl.store(p_lse + row, 0.0)
+        tl.store(p_lse + 2 * row, 0.0)
+        tl.store(p_lse + 2 * row + 1, 0.0)
         if GRADIENT:
             b_zero = tl.zeros((BLOCK // VECTOR, VECTOR), p_logits.dtype.element_ty)
             for first in range(0, V, BLOCK):
-                o_v = first + tl.reshape(tl.arange(0, BLOCK), (BLOCK // VECTOR, VECTOR))
+                o_v = columns(first, BLOCK)
                 tl.store(p_row + o_v, b_zero, mask=o_v < V)
     else:
+        inside = (label >= 0) & (label < V)  # else NaN comes out, as an error that does not wait for the device
+        target = tl.load(p_row + label, mask=inside, other=float("nan")).to(tl.float32)
         b_max = tl.full((BLOCK // VECTOR,), float("-inf"), tl.float32)
         b_sum = tl.zeros((BLOCK // VECTOR,), tl.float32)
         b_plain = tl.zeros((BLOCK // VECTOR,), tl.float32)
@@ -68,24 +80,23 @@ def loss_kernel(
             b_sum = b_sum * tl.exp(b_max - b_shift) + tl.sum(tl.exp(b_logits - b_shift[:, None]), axis=1)
             b_max = b_new
             if SMOOTH:
-                b_plain += tl.sum(tl.where(o_v < V, b_logits, 0.0), axis=1)
+                b_plain += tl.sum(tl.where(o_v < V, b_logits - target, 0.0), axis=1)
         largest = tl.max(b_max, axis=0)
         shift = tl.where(largest == float("-inf"), 0.0, largest)
-        lse = shift + tl.log(tl.sum(b_sum * tl.exp(b_max - shift), axis=0))
-        inside = (label >= 0) & (label < V)  # else NaN comes out, as an error that does not wait for the device
-        target = tl.load(p_row + label, mask=inside, other=float("nan")).to(tl.float32)
-        loss = lse - target
+        rest = tl.log(tl.sum(b_sum * tl.exp(b_max - shift), axis=0))
+        loss = shift - target + rest
         if SMOOTH:
-            loss = (1.0 - smoothing) * loss + smoothing * (lse - tl.sum(b_plain, axis=0) / V)
-        z = z_loss * lse * lse
+            loss -= smoothing * (tl.sum(b_plain, axis=0) / V)
+        z = z_loss * (shift + rest) * (shift + rest)
         tl.store(p_loss + row, loss + z)
         tl.store(p_z_loss + row, z)
         tl.store(p_correct + row, (target >= largest).to(tl.float32))
-        tl.store(p_lse + row, lse)
+        tl.store(p_lse + 2 * row, shift)
+        tl.store(p_lse + 2 * row + 1, rest)
         if GRADIENT:
             for first in range(0, V, BLOCK):
                 b_logits, o_v = load_logits(p_row, first, V, BLOCK)
-                b_grad = logit_gradient(b_logits, o_v, label, lse, z_loss, smoothing, factor, V)
+                b_grad = logit_gradient(b_logits, o_v, label, shift, rest, z_loss, smoothing, factor, V)
                 tl.store(p_row + o_v, b_grad.to(p_logits.dtype.element_ty), mask=o_v < V)
 
 
@@ -101,7 +112,8 @@ def gradient_kernel(
     row_64 = tl.cast(row, tl.int64)
     b_logits, o_v = load_logits(p_logits + row_64 * stride, first, V, BLOCK)
     scale = tl.load(p_drow + row_64 * stride_drow) * factor
-    b_grad = logit_gradient(b_logits, o_v, label, tl.load(p_lse + row), z_loss, smoothing, scale, V)
+    largest, rest = tl.load(p_lse + 2 * row), tl.load(p_lse + 2 * row + 1)
+    b_grad = logit_gradient(b_logits, o_v, label, largest, rest, z_loss, smoothing, scale, V)
     b_grad = tl.where(label == ignore_index, 0.0, b_grad)
     tl.store(p_out + row_64 * stride_out + o_v, b_grad.to(p_out.dtype.element_ty), mask=o_v < V)
 
@@ -126,11 +138,11 @@ def launch_loss(
     """
     count, vocab = logits.shape
     if count:
-        block = min(max(triton.next_power_of_2(vocab), 32), 16384)
+        block = min(max(triton.next_power_of_2(vocab), 32), 8192)
         loss_kernel[(count,)](
             logits, labels, rows.loss, rows.z_loss, rows.correct, rows.lse, logits.stride(0), ignore_index, z_loss,
             smoothing, factor or 0.0, vocab, block, smoothing > 0, factor is not None,
-            num_warps=min(max(block // 1024, 1), 16),
+            num_warps=min(max(block // 512, 1), 16),
         )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from .ops_attention import DTYPES, kernels_serve
-from .ops_cross_entropy import CrossEntropy, check_options, new_rows, reduce, reference_rows
+from .ops_cross_entropy import CrossEntropy, check_options, new_rows, reduce, reference_rows, row_shapes
 
 try:
     import triton  # noqa: F401  (named here so that the loader of remote code sees a guarded import)
@@ -173,7 +173,7 @@ def linear_cross_entropy_rows(
     z_loss: float,
     smoothing: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Loss, z-loss, right predictions and log-sum-exp of each row, fp32 `[T]`."""
+    """Loss, z-loss, right predictions, fp32 `[T]`, and log-sum-exp `[T, 2]` of each row."""
     hidden, labels = hidden.contiguous(), labels.contiguous()
     results = new_rows(hidden, hidden.shape[0])
     for rows, _, logits in _chunks(hidden, weight, logit_scale):
@@ -183,7 +183,7 @@ def linear_cross_entropy_rows(
 
 @linear_cross_entropy_rows.register_fake
 def _rows_shapes(hidden, *options):  # type: ignore[no-untyped-def]  # as long as the operator's own
-    return tuple(hidden.new_empty(hidden.shape[0], dtype=torch.float32) for _ in range(4))
+    return row_shapes(hidden)
 
 
 @torch.library.custom_op("fat5::linear_cross_entropy_rows_backward", mutates_args=())
