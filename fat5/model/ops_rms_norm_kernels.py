@@ -13,8 +13,8 @@ from .ops_dropout_tile import keep_tile
 from .ops_philox import dropped_steps, keep_scale
 
 MAX_WIDTH = 16384
-WARPS_PER_MULTIPROCESSOR = 16
-"""Enough rows in flight to hide the latency of memory, with up to 128 registers a thread."""
+WARPS_PER_MULTIPROCESSOR = 32
+"""Enough rows in flight to hide the latency of memory (measured on an H200: 16 are too few at some widths)."""
 
 
 @triton.jit
@@ -78,6 +78,18 @@ def backward_kernel(
     tl.store(p_partial + tl.program_id(0) * D + o_d, b_dweight, mask=m_d)
 
 
+@triton.jit
+def sum_rows_kernel(p_partial, p_out, rows, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Grid (blocks of columns): column sums of fp32 `[rows, D]`, always in the same order."""
+    o_d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    o_m = tl.arange(0, BLOCK_M)
+    b_sum = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    for first in range(0, rows, BLOCK_M):
+        m_tile = (first + o_m < rows)[:, None] & (o_d < D)[None, :]
+        b_sum += tl.load(p_partial + (first + o_m)[:, None] * D + o_d[None, :], mask=m_tile, other=0.0)
+    tl.store(p_out + o_d, tl.sum(b_sum, axis=0).to(p_out.dtype.element_ty), mask=o_d < D)
+
+
 def launch_forward(
     hidden: torch.Tensor,
     branch: torch.Tensor | None,
@@ -109,7 +121,7 @@ def launch_forward(
         total = torch.empty(hidden.shape, dtype=torch.promote_types(hidden.dtype, branch.dtype), device=hidden.device)
     rstd = torch.empty(rows, dtype=torch.float32, device=hidden.device)
     if rows:
-        block, warps, programs = launch_shape(width, rows, hidden.device)
+        block, warps, programs = launch_shape(width, rows, hidden.device, 512)
         forward_kernel[(programs,)](
             hidden, branch, weight, seed, out, total, rstd, rows, eps, dropped_steps(dropout_p),
             keep_scale(dropout_p), width, block, branch is not None, dropout_p > 0, num_warps=warps,
@@ -149,20 +161,22 @@ def launch_backward(
     dbranch = torch.empty(total.shape if branch else 0, dtype=branch_dtype if branch else hidden_dtype, device=device)
     if not rows:
         return dhidden, dbranch, torch.zeros_like(weight)
-    block, warps, programs = launch_shape(width, rows, device)
+    block, warps, programs = launch_shape(width, rows, device, 256 if width <= 1024 else 1024)
     partial = torch.empty((programs, width), dtype=torch.float32, device=device)
     clamped = branch_dtype is not None and total.dtype == torch.float16
     backward_kernel[(programs,)](
         dout, dtotal, total, weight, rstd, seed, dhidden, dbranch, partial, rows, dropped_steps(dropout_p),
         keep_scale(dropout_p), width, block, dtotal is not None, branch, clamped, dropout_p > 0, num_warps=warps,
     )  # fmt: skip
-    return dhidden, dbranch, partial.sum(0).to(weight.dtype)
+    dweight = torch.empty_like(weight)
+    sum_rows_kernel[(triton.cdiv(width, 16),)](partial, dweight, programs, width, 128, 16, num_warps=4)
+    return dhidden, dbranch, dweight
 
 
-def launch_shape(width: int, rows: int, device: torch.device) -> tuple[int, int, int]:
-    """Width of a block, warps a program (32 elements a thread), and programs: a few for every multiprocessor."""
+def launch_shape(width: int, rows: int, device: torch.device, warp_width: int) -> tuple[int, int, int]:
+    """Width of a block, warps of a program, each with `warp_width` elements, and programs, a few a multiprocessor."""
     block = max(triton.next_power_of_2(width), 32)
-    warps = min(max(block // 1024, 1), 16)
+    warps = min(max(block // warp_width, 1), 16)
     multiprocessors = 1
     if device.type == "cuda":
         multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count

@@ -40,8 +40,7 @@ def run(leaves, **options):
         ((1, 127), torch.bfloat16, None),
         ((19, 40), torch.float16, None),
         ((2, 3, 96), torch.bfloat16, torch.float32),
-        ((3, 1025), torch.float32, None),
-        ((2, 8192), torch.bfloat16, None),
+        ((2, 513), torch.bfloat16, None),
     ],
 )
 def test_shapes_and_dtypes(device, shape, dtype, hidden_dtype, branch):
