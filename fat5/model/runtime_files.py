@@ -7,6 +7,8 @@ from pathlib import Path
 RUNTIME_FILES = (
     "configuration_flash_t5.py",
     "modeling_flash_t5.py",
+    "pretrained_flash_t5.py",
+    "encoder_flash_t5.py",
     "stack_flash_t5.py",
     "layers_flash_t5.py",
     "attention.py",
@@ -32,6 +34,8 @@ RUNTIME_FILES = (
     "ops_attention_problem.py",
     "ops_attention_reference.py",
     "ops_attention_strips.py",
+    "packed_inputs.py",
+    "packed_stack.py",
     "position_encoding.py",
     "runtime_files.py",
 )

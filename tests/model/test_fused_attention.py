@@ -143,8 +143,9 @@ def test_published_scale_reaches_the_kernels():
         build_flash("t5", stock, name, **SHAPE, attention_scale=0.3).to(DEVICE) for name in ("eager", "fat5")
     )
     inputs = inputs_of("right")
+    real = inputs["labels"] != -100
     with torch.no_grad():
-        assert relative_error(fused(**inputs).logits, eager(**inputs).logits) < LOGITS
+        assert relative_error(fused(**inputs).logits[real], eager(**inputs).logits[real]) < LOGITS
 
 
 @needs_kernels
