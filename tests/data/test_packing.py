@@ -47,7 +47,7 @@ def test_no_bin_is_empty_in_large_blocks(seed):
     # Bins of many examples take most of them in order, which leaves lengths without examples behind.
     rng = np.random.default_rng(seed)
     inputs, labels = rng.integers(1, 400, 4000), rng.integers(1, 200, 4000)
-    for most in ((400, 200), (6400, 3200), (40_000, 3200)):
+    for most in ((400, 200), (6400, 3200), (6400, 2000), (40_000, 3200)):
         bins = best_fit(inputs, labels, *most)
         assert np.bincount(bins).min() > 0
         assert np.bincount(bins, inputs).max() <= most[0]
@@ -294,7 +294,7 @@ def test_stages_begin_at_their_step(tmp_path):
 
 
 @pytest.mark.parametrize(("most_input", "most_labels"), [(512, 512), (1024, 256), (1024, 512)])
-@pytest.mark.parametrize("name", ["ul2_fat5", "ul2_paper", "t5_span_corruption"])
+@pytest.mark.parametrize("name", ["ul2_fat5", "ul2_paper", "t5_span_corruption", "prefix_lm"])
 @pytest.mark.parametrize("form", ["segments", "stream"])
 def test_padding_is_below_three_percent_on_the_binding_side(store, most_input, most_labels, name, form):
     mixture = Mixture(MixtureOptions(name).resolved(), T5_IDS)
