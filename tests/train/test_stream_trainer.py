@@ -68,7 +68,10 @@ def log(folder):
     return [entry for entry in entries if "train_runtime" not in entry]
 
 
-@pytest.mark.parametrize(("kind", "packing"), [("files", "none"), ("dataset", "segments"), ("both", "stream")])
+@pytest.mark.parametrize(
+    ("kind", "packing"),
+    [pytest.param("files", "none", marks=pytest.mark.slow), ("dataset", "segments"), ("both", "stream")],
+)
 def test_a_killed_run_goes_on_with_the_next_batch(toy, tmp_path, batches, kind, packing):
     make = {"data__packing": packing}
     result = run(settings(toy, tmp_path, tmp_path / "whole", kind, **make))
