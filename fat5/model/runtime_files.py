@@ -7,6 +7,8 @@ from pathlib import Path
 RUNTIME_FILES = (
     "configuration_flash_t5.py",
     "modeling_flash_t5.py",
+    "pretrained_flash_t5.py",
+    "encoder_flash_t5.py",
     "stack_flash_t5.py",
     "layers_flash_t5.py",
     "attention.py",
@@ -14,6 +16,7 @@ RUNTIME_FILES = (
     "attention_layout.py",
     "fused_attention.py",
     "fused_linear.py",
+    "head_flash_t5.py",
     "ops_attention.py",
     "ops_attention_backward.py",
     "ops_attention_backward_configs.py",
@@ -42,6 +45,8 @@ RUNTIME_FILES = (
     "ops_philox.py",
     "ops_rms_norm.py",
     "ops_rms_norm_kernels.py",
+    "packed_inputs.py",
+    "packed_stack.py",
     "position_encoding.py",
     "runtime_files.py",
 )
