@@ -64,13 +64,11 @@ LAYER_KERNELS = (
 
 def serve_layers(serve: bool) -> None:
     """Have norm, activation and loss run as kernels in the interpreter, which takes a second for a few rows, or not."""
+    kernels_serve = import_module("fat5.model.ops_attention").kernels_serve
     for name in LAYER_KERNELS:
-        module = import_module(f"fat5.model.{name}")
-        module.kernels_serve = ops_attention.kernels_serve if serve else lambda device: False
+        import_module(f"fat5.model.{name}").kernels_serve = kernels_serve if serve else lambda device: False
 
 
 if INTERPRETED:
     _let_numpy_2_4_bound_loops()
-    from fat5.model import ops_attention
-
     serve_layers(False)

@@ -115,7 +115,8 @@ class FlashT5Stack(nn.Module):
 
         hidden_states = self.dropout(inputs_embeds)
         all_hidden_states, all_weights, all_cross_weights = [], [], []
-        if self.config.residual_in_fp32:
+        wide = self.config.residual_in_fp32
+        if not torch.is_grad_enabled() if wide is None else wide:
             hidden_states = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
         branch = bias = cross_bias = None
         for block in self.block:

@@ -164,7 +164,7 @@ def test_residual_in_fp32_tracks_fp32():
             if weight.ndim == 2 and "relative" not in name and "shared" not in name:
                 weight.normal_(0, weight.shape[1] ** -0.5 * (0.125 if ".q." in name else 1))
             weight.copy_(weight.bfloat16().float())
-    flash = build_flash("t5_v1_1", stock, **shape, num_decoder_layers=1, residual_in_fp32=True).to(device)
+    flash = build_flash("t5_v1_1", stock, **shape, num_decoder_layers=1).to(device)
     ids = torch.randint(99, (2, 64), device=device)
     with torch.no_grad():
         exact = stock.encoder(ids).last_hidden_state
