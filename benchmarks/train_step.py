@@ -6,8 +6,8 @@
 
 A training step is forward, backward and fused AdamW in bf16, without dropout, on synthetic batches: full-length ones,
 and for the cases that end in `-padded` rows of random lengths, whose padding FlashT5 removes. Stock runs in eager
-attention under `torch.compile`, the fastest way it has; FlashT5 as it is and, where lengths are known, with the whole of
-a step or call in a CUDA graph. MFU counts the multiplications of the matrices and of attention, three times those of
+attention under `torch.compile`, the fastest way it has; FlashT5 as it is and, where lengths are known, with the whole
+of a step or call in a CUDA graph. MFU counts the multiplications of the matrices and of attention, three times those of
 forward, against 989 TFLOPS; tokens are the real ones, of inputs and targets. Writes `train-step-<device>.json` to
 `benchmarks/results/`, with the kernels that took most of FlashT5's time.
 """

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from .attention_layout import KernelLayout as KernelLayout
     from .attention_mask import AttentionMask as AttentionMask
     from .fused_attention import fused_attention as fused_attention
+    from .fused_linear import fused_linear as fused_linear
+    from .ops_attention import attention as attention
     from .ops_attention_backward import launch_backward as launch_backward
     from .ops_attention_backward_configs import backward_config as backward_config
     from .ops_attention_backward_hopper import issue_tile as issue_tile
@@ -43,10 +45,12 @@ if TYPE_CHECKING:
     from .ops_attention_problem import Problem as Problem
     from .ops_attention_reference import reference_attention as reference_attention
     from .ops_attention_strips import expand_strips as expand_strips
+    from .ops_cross_entropy import cross_entropy as cross_entropy
     from .ops_cross_entropy_kernels import launch_loss as launch_loss
     from .ops_dropout_tile import keep_tile as keep_tile
     from .ops_gated_act import gated_act as gated_act
     from .ops_gated_act_kernels import activate as activate
+    from .ops_linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
     from .ops_philox import philox as philox
     from .ops_rms_norm import add_rms_norm as add_rms_norm
     from .ops_rms_norm_kernels import launch_shape as launch_shape
