@@ -13,17 +13,15 @@ backward, half of that when causal. Memory is the peak of forward and backward b
 """
 
 import argparse
-import datetime
 import json
-import platform
 import re
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from measure import ON_GPU, describe, milliseconds
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -38,7 +36,6 @@ if INTERPRETED:
 
 RESULTS = Path(__file__).parent / "results"
 WIDTH = 768
-ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 Run = Callable[..., torch.Tensor]
 
@@ -136,28 +133,6 @@ def make_inputs(head_dim: int, length: int, tokens: int, causal: bool, form: str
     return [x.detach().requires_grad_() for x in leaves]
 
 
-def milliseconds(function: Callable[[], object], rep: int) -> float:
-    """Median time of one call: on a GPU captured in a graph and replayed for `rep` ms."""
-    if not ON_GPU:
-        start = time.perf_counter()
-        function()
-        return (time.perf_counter() - start) * 1e3
-    from triton.testing import do_bench
-
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            function()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function()
-    time_ms = do_bench(graph.replay, warmup=rep // 4, rep=rep, return_mode="median")
-    del graph
-    return time_ms
-
-
 def extra_memory(run: Run, leaves: list[torch.Tensor], grad: torch.Tensor) -> int | None:
     """Peak bytes of forward and backward beyond inputs, output and gradients."""
     if not ON_GPU:
@@ -195,24 +170,6 @@ def measure(name: str, head_dim: int, length: int, tokens: int, causal: bool, re
         "forward_tflops": 4 * products / forward / 1e9,
         "backward_tflops": 10 * products / (both - forward) / 1e9,
         "extra_memory_bytes": memory,
-    }
-
-
-def describe() -> dict:
-    """Where and with what this was measured."""
-    import triton
-
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    return {
-        "device": torch.cuda.get_device_name()
-        if ON_GPU
-        else f"cpu ({platform.machine()}), interpreted: times mean nothing",
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version() if ON_GPU else None,
-        "triton": triton.__version__,
-        "commit": commit.stdout.strip() if commit.returncode == 0 else None,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 
 

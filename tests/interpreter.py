@@ -1,11 +1,13 @@
 """Where there is no GPU: tests of Triton kernels in a process of their own, in which Triton interprets them.
 
-Triton reads TRITON_INTERPRET when kernels are defined, and the other tests must not run in its interpreter.
+Triton reads TRITON_INTERPRET when kernels are defined, and the other tests must not run in its interpreter. There only
+attention is interpreted, unless a test asks for more (`serve_layers`).
 """
 
 import os
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -49,5 +51,24 @@ def _let_numpy_2_4_bound_loops() -> None:
     interpreter._patch_lang_tensor = patch_and_index
 
 
+LAYER_KERNELS = (
+    "fused_linear",
+    "head_flash_t5",
+    "ops_cross_entropy",
+    "ops_gated_act",
+    "ops_linear_cross_entropy",
+    "ops_rms_norm",
+)
+"""Modules of `fat5.model` that ask whether kernels serve a device, those of attention aside."""
+
+
+def serve_layers(serve: bool) -> None:
+    """Have norm, activation and loss run as kernels in the interpreter, which takes a second for a few rows, or not."""
+    kernels_serve = import_module("fat5.model.ops_attention").kernels_serve
+    for name in LAYER_KERNELS:
+        import_module(f"fat5.model.{name}").kernels_serve = kernels_serve if serve else lambda device: False
+
+
 if INTERPRETED:
     _let_numpy_2_4_bound_loops()
+    serve_layers(False)

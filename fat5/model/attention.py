@@ -101,16 +101,16 @@ class FlashT5Attention(nn.Module):
         """Attend, and hand on the bias for the next layer to share.
 
         Args:
-            hidden_states: `[B, Lq, D]`.
+            hidden_states: `[B, Lq, D]`, or `[1, Tq, D]` in a packed stack.
             mask: who may attend to whom, prepared.
             bias: what an earlier layer handed on; None to begin here.
-            key_value_states: `[B, Lk, D]` for cross-attention.
+            key_value_states: `[B, Lk, D]` or `[1, Tk, D]` for cross-attention.
             past_key_values: cache to extend, or, for cross-attention, to fill once and reuse.
             output_attentions: return the weights, which only the eager implementation can.
 
         Returns:
-            Output `[B, Lq, D]`; the bias: for the kernels the table `[num_buckets, H]`, else `[B|1, H|1, Lq|1, Lk]`, or
-            None; weights `[B, H, Lq, Lk]` or None.
+            Output, shaped as `hidden_states`; the bias: for the kernels the table `[num_buckets, H]`, else
+            `[B|1, H|1, Lq|1, Lk]`, or None; weights `[B, H, Lq, Lk]` or None.
         """
         query = self._split_heads(self.Wq(hidden_states))
         key, value = self._keys_and_values(hidden_states, mask, key_value_states, past_key_values)
@@ -148,7 +148,10 @@ class FlashT5Attention(nn.Module):
         key_value_states: torch.Tensor | None,
         past_key_values: EncoderDecoderCache | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values `[B, H, Lk, Dk]`, through the cache if there is one."""
+        """Keys and values `[B, H, Lk, Dk]`, or packed as the stack is, through the cache if there is one.
+
+        What is cached is never packed: beams reorder its rows, and later queries come row by row.
+        """
         is_cross_attention = key_value_states is not None
         if past_key_values is not None and is_cross_attention and past_key_values.is_updated.get(self.layer_idx):
             cached: Any = past_key_values.cross_attention_cache.layers[self.layer_idx]
@@ -156,6 +159,15 @@ class FlashT5Attention(nn.Module):
         states = hidden_states if key_value_states is None else key_value_states
         key, value = self._split_heads(self.Wk(states)), self._split_heads(self.Wv(states))
         if past_key_values is None:
+            return key, value
+        layout = mask.layout
+        if layout is not None and layout.of_stack and layout.keys is not None:  # a prompt: the cache is still empty
+            keys, values = (layout.keys.scatter(x[0].transpose(0, 1)) for x in (key, value))
+            if is_cross_attention:
+                past_key_values.is_updated[self.layer_idx] = True
+                past_key_values.cross_attention_cache.update(keys, values, self.layer_idx)
+            else:
+                past_key_values.self_attention_cache.update(keys, values, self.layer_idx)
             return key, value
         if is_cross_attention:
             past_key_values.is_updated[self.layer_idx] = True

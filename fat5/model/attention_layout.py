@@ -10,24 +10,41 @@ class PackedTokens:
     """The real tokens of a batch `[B, L]`, segment after segment.
 
     Attributes:
-        order: int64 `[T]`, index in the flattened batch of each packed token.
+        shape: B and L.
+        order: int64 `[T]`, index in the flattened batch of each packed token; None where that is every token in turn.
         cu_seqlens: int32 `[S + 1]`, where each segment begins and the last one ends; segments may be empty.
         longest: length of the longest segment.
     """
 
-    order: torch.Tensor
+    shape: tuple[int, int]
+    order: torch.Tensor | None
     cu_seqlens: torch.Tensor
     longest: int
 
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return self.shape[0] * self.shape[1] if self.order is None else self.order.numel()
+
+    def pack(self, states: torch.Tensor) -> torch.Tensor:
+        """`[B, L, D]` to `[1, T, D]`."""
+        flat = states.flatten(0, 1)
+        return (flat if self.order is None else flat.index_select(0, self.order.to(flat.device)))[None]
+
+    def unpack(self, packed: torch.Tensor) -> torch.Tensor:
+        """`[1, T, D]` to `[B, L, D]`, zeros where there is no real token."""
+        if self.order is None:
+            return packed[0].unflatten(0, self.shape)
+        flat = packed.new_zeros(self.shape[0] * self.shape[1], packed.shape[2])
+        return flat.index_copy(0, self.order.to(packed.device), packed[0]).unflatten(0, self.shape)
+
     def gather(self, states: torch.Tensor) -> torch.Tensor:
         """`[B, H, L, D]` to `[T, H, D]`."""
-        return states.transpose(1, 2).flatten(0, 1).index_select(0, self.order.to(states.device))
+        return self.pack(states.transpose(1, 2).flatten(2))[0].unflatten(1, (states.shape[1], states.shape[3]))
 
-    def scatter(self, packed: torch.Tensor, batch: int, length: int) -> torch.Tensor:
+    def scatter(self, packed: torch.Tensor) -> torch.Tensor:
         """`[T, H, D]` to `[B, H, L, D]`, zeros where there is no real token."""
-        flat = packed.new_zeros(batch * length, *packed.shape[1:])
-        flat = flat.index_copy(0, self.order.to(packed.device), packed)
-        return flat.unflatten(0, (batch, length)).transpose(1, 2)
+        return self.unpack(packed.flatten(1)[None]).unflatten(2, packed.shape[1:]).transpose(1, 2)
 
 
 @dataclass(eq=False)
@@ -37,11 +54,14 @@ class KernelLayout:
     Attributes:
         key_lengths: int32 `[B]`, padded layout with keys to ignore at the end of the rows; None without.
         queries, keys: packed layout; None in the padded one. In self-attention they are the same.
+        of_stack: the whole stack is packed, so that queries, keys and values come as `[1, H, T, Dk]`; otherwise as
+            `[B, H, L, Dk]`, whatever the layout.
     """
 
     key_lengths: torch.Tensor | None = None
     queries: PackedTokens | None = None
     keys: PackedTokens | None = None
+    of_stack: bool = False
 
 
 def host_may_look(device: torch.device) -> bool:
@@ -70,7 +90,7 @@ def packed_layout(
     Args:
         query_segments: ints `[B, Lq]`, 1..n for the segments of a row, 0 for padding.
         key_segments: the same `[B, Lk]`; the very same tensor in self-attention.
-        keep_distances: a segment's tokens must be neighbours in the row, because a position bias depends on them.
+        keep_distances: a segment's queries must be neighbours in the row, because a position bias depends on that.
 
     Returns:
         None where distances would change, where there is nothing to pack, and where segments are not numbered 1..n.
@@ -83,13 +103,14 @@ def packed_layout(
     facts = torch.stack([highest, lowest, *(fact for sort in sorts for fact in sort[2:])]).tolist()  # the only look
     count, smallest, *by_side = facts
     tokens, longest, neighbours = by_side[::3], by_side[1::3], by_side[2::3]
-    if smallest < 0 or count > longest_row or not all(tokens) or not (all(neighbours) or not keep_distances):
+    if smallest < 0 or count > longest_row or not all(tokens) or (keep_distances and not neighbours[0]):
         return None
     starts = torch.arange(batch * count + 1, device=key_segments.device)
-    packed = [
-        PackedTokens(order[:real], torch.searchsorted(numbers, starts, out_int32=True), most)
-        for (numbers, order, *_), real, most in zip(sorts, tokens, longest, strict=True)
-    ]
+    packed = []
+    for side, (numbers, order, *_), real, most in zip(sides, sorts, tokens, longest, strict=True):
+        complete = count == 1 and real == side.numel()
+        cu_seqlens = torch.searchsorted(numbers, starts, out_int32=True)
+        packed.append(PackedTokens((batch, side.shape[1]), None if complete else order[:real], cu_seqlens, most))
     return KernelLayout(queries=packed[0], keys=packed[-1])
 
 

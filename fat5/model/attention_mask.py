@@ -8,6 +8,11 @@ from .attention_layout import KernelLayout, host_may_look, packed_layout, padded
 from .ops_attention import DTYPES, MAX_HEAD_DIM, kernels_serve
 
 
+def kernels_take(implementation: str | None, device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether attention of this kind goes through the kernels, if they can take its mask."""
+    return implementation == "fat5" and kernels_serve(device) and dtype in DTYPES and head_dim <= MAX_HEAD_DIM
+
+
 @dataclass(eq=False)
 class AttentionMask:
     """Who may attend to whom, described without a matrix. One per stack and kind of attention.
@@ -57,7 +62,7 @@ class AttentionMask:
         For "fat5" that is `layout`, if there are kernels for the device, dtype and head dimension that can take this
         mask; otherwise, and for the other implementations, it is what `build_dense` fills.
         """
-        if implementation == "fat5" and kernels_serve(self.device) and dtype in DTYPES and head_dim <= MAX_HEAD_DIM:
+        if kernels_take(implementation, self.device, dtype, head_dim):
             self.layout = self._kernel_layout()
         return self.build_dense() if self.layout is None else self
 

@@ -32,6 +32,9 @@ class FlashT5Config(PretrainedConfig):
         scale_decoder_outputs: multiply the decoder's output by `d_model**-0.5` before the head. None: as T5 v1.0
             and v1.1 do, that is when the head is tied.
         decoder_start_token_id: None means the padding token, as in T5.
+        residual_in_fp32: keep the residual stream in fp32 in a model in 16 bits. None: wherever no gradient is
+            recorded. Measured on an H200 in bf16, it takes the encoder's error against fp32 from 0.88 to 0.55 of stock
+            T5's, for 1 to 6 % of the time; training keeps its memory.
 
     The published FAT5 configurations are read too: `use_glu_mlp` and `use_gelu_act`, where present, replace
     `feed_forward_proj`; a negative `pad_token_id` becomes `decoder_start_token_id`; `is_encoder_decoder: false` is
@@ -77,6 +80,7 @@ class FlashT5Config(PretrainedConfig):
         is_encoder_decoder: bool = True,
         use_cache: bool = True,
         classifier_dropout: float = 0.0,
+        residual_in_fp32: bool | None = None,
         **kwargs: Any,
     ) -> None:
         self.vocab_size = vocab_size
@@ -98,6 +102,7 @@ class FlashT5Config(PretrainedConfig):
         self.scale_decoder_outputs = tie_word_embeddings if scale_decoder_outputs is None else scale_decoder_outputs
         self.use_cache = use_cache
         self.classifier_dropout = classifier_dropout
+        self.residual_in_fp32 = residual_in_fp32
         self._validate_fields()
 
         if pad_token_id is not None and pad_token_id < 0:

@@ -23,7 +23,8 @@ def fused_attention(
     """Attention by the kernels, in memory linear in length.
 
     Args:
-        query, key, value: `[B, H, Lq, Dk]`, `[B, H, Lk, Dk]`, `[B, H, Lk, Dk]`, one of bf16, fp16, fp32.
+        query, key, value: `[B, H, Lq, Dk]`, `[B, H, Lk, Dk]`, `[B, H, Lk, Dk]`, one of bf16, fp16, fp32; in a packed
+            stack `[1, H, Tq, Dk]`, `[1, H, Tk, Dk]`, `[1, H, Tk, Dk]`.
         table: T5's position biases `[num_buckets, H]`; None for none. Unless the mask is causal, they tell
             keys before the query from keys after it.
         mask: prepared for "fat5", with a layout.
@@ -32,7 +33,7 @@ def fused_attention(
         dropout: probability of dropping an attention weight; 0 outside training.
 
     Returns:
-        Output `[B, H, Lq, Dk]`, zeros for queries that may attend to nothing.
+        Output of the queries' shape, zeros for queries that may attend to nothing.
 
     Raises:
         ValueError: if the mask has no layout, which means that the kernels cannot take it.
@@ -45,17 +46,21 @@ def fused_attention(
     if layout.queries is None or layout.keys is None:
         lengths = None if layout.key_lengths is None else layout.key_lengths.to(query.device)
         return attention(query, key, value, key_lengths=lengths, q_offset=offset, **options)
+    if layout.of_stack:
+        query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))
+    else:
+        query, key, value = layout.queries.gather(query), layout.keys.gather(key), layout.keys.gather(value)
     packed = attention(
-        layout.queries.gather(query),
-        layout.keys.gather(key),
-        layout.keys.gather(value),
+        query,
+        key,
+        value,
         cu_seqlens_q=layout.queries.cu_seqlens.to(query.device),
         cu_seqlens_k=layout.keys.cu_seqlens.to(query.device),
         max_seqlen_q=layout.queries.longest,
         max_seqlen_k=layout.keys.longest,
         **options,
     )
-    return layout.queries.scatter(packed, query.shape[0], query.shape[2])
+    return packed.transpose(0, 1)[None] if layout.of_stack else layout.queries.scatter(packed)
 
 
 def refuse_other_models(module: torch.nn.Module, *_: Any, **__: Any) -> NoReturn:

@@ -2,48 +2,64 @@
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers.activations import ACT2FN
 from transformers.cache_utils import EncoderDecoderCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention import AttentionMask, FlashT5Attention
 from .configuration_flash_t5 import FlashT5Config
+from .fused_linear import fused_linear
+from .ops_gated_act import ACTIVATIONS, gated_act
+from .ops_rms_norm import add_rms_norm
 
 
 class FlashT5LayerNorm(nn.Module):
-    """RMSNorm: scale only, no mean or bias, statistics in fp32 or better (Zhang & Sennrich 2019, arXiv:1910.07467)."""
+    """RMSNorm: scale only, no mean and no bias, statistics in fp32 (Zhang & Sennrich 2019, arXiv:1910.07467)."""
 
     def __init__(self, hidden_size: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(hidden_size))
         self.eps = eps
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """`[..., D]` to `[..., D]`, in the weight's dtype where that is fp16 or bf16."""
-        statistics_dtype = torch.promote_types(hidden_states.dtype, torch.float32)
-        variance = hidden_states.to(statistics_dtype).square().mean(-1, keepdim=True)
-        hidden_states = hidden_states * torch.rsqrt(variance + self.eps)
-        if self.weight.dtype in (torch.float16, torch.bfloat16):
-            hidden_states = hidden_states.to(self.weight.dtype)
-        return self.weight * hidden_states
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        branch: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        dtype: torch.dtype | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The normalised sum `hidden_states + dropout(branch)` of `[..., D]`, and the sum.
+
+        Args:
+            hidden_states: the residual stream.
+            branch: what the sub-layer before adds to it; None for nothing.
+            dropout_p: probability of dropping an element of the branch.
+            dtype: of the normalised states; None for the weight's.
+        """
+        return add_rms_norm(hidden_states, branch, self.weight, self.eps, dropout_p=dropout_p, out_dtype=dtype)
 
 
 class FlashT5DenseAct(nn.Module):
-    """`act(x wi)`."""
+    """`dropout(act(x wi))`."""
 
     def __init__(self, config: FlashT5Config) -> None:
         super().__init__()
         self.wi = nn.Linear(config.d_model, config.d_ff, bias=False)
         self.wi.init_std = config.d_model**-0.5
         self.act = ACT2FN[config.dense_act_fn]
+        self.act_name = config.dense_act_fn
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """`[B, L, D]` to `[B, L, F]`."""
-        return self.act(self.wi(hidden_states))
+    def forward(self, hidden_states: torch.Tensor, dropout_p: float = 0.0) -> torch.Tensor:
+        """`[..., D]` to `[..., F]`."""
+        inner = self.wi(hidden_states)
+        if self.act_name in ACTIVATIONS:
+            return gated_act(inner, self.act_name, gated=False, dropout_p=dropout_p)
+        return F.dropout(self.act(inner), dropout_p, training=dropout_p > 0)
 
 
 class FlashT5DenseGatedAct(nn.Module):
-    """`act(x wi_0) * (x wi_1)` (Shazeer 2020, arXiv:2002.05202)."""
+    """`dropout(act(x wi_0) * (x wi_1))` (Shazeer 2020, arXiv:2002.05202)."""
 
     def __init__(self, config: FlashT5Config) -> None:
         super().__init__()
@@ -51,88 +67,114 @@ class FlashT5DenseGatedAct(nn.Module):
         self.wi_1 = nn.Linear(config.d_model, config.d_ff, bias=False)
         self.wi_0.init_std = self.wi_1.init_std = config.d_model**-0.5
         self.act = ACT2FN[config.dense_act_fn]
+        self.act_name = config.dense_act_fn
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """`[B, L, D]` to `[B, L, F]`."""
-        return self.act(self.wi_0(hidden_states)) * self.wi_1(hidden_states)
+    def forward(self, hidden_states: torch.Tensor, dropout_p: float = 0.0) -> torch.Tensor:
+        """`[..., D]` to `[..., F]`."""
+        if self.act_name not in ACTIVATIONS:
+            inner = self.act(self.wi_0(hidden_states)) * self.wi_1(hidden_states)
+            return F.dropout(inner, dropout_p, training=dropout_p > 0)
+        both = fused_linear(hidden_states, (self.wi_0, self.wi_1))
+        if both is not None:
+            return gated_act(both, self.act_name, dropout_p=dropout_p)
+        inner = self.wi_0(hidden_states)
+        return gated_act(inner, self.act_name, up=self.wi_1(hidden_states).to(inner.dtype), dropout_p=dropout_p)
 
 
-class FlashT5LayerFF(nn.Module):
-    """Pre-norm feed-forward sub-layer with its residual."""
+class FlashT5SubLayer(nn.Module):
+    """What the pre-norm sub-layers share: the norm, and the residual sum that it begins with.
+
+    A sub-layer takes the residual stream and what the one before adds to it, and returns their sum and what it adds
+    itself. Adding, dropout and the norm are then one pass over memory.
+    """
 
     def __init__(self, config: FlashT5Config) -> None:
         super().__init__()
+        self.layer_norm = FlashT5LayerNorm(config.d_model, config.layer_norm_epsilon)
+        self.dropout = nn.Dropout(config.dropout_rate)
+
+    def normalise(self, hidden_states: torch.Tensor, branch: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The sub-layer's input and the residual stream, both `[..., D]`."""
+        device = hidden_states.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        return self.layer_norm(hidden_states, branch, dropout_probability(self.dropout), dtype)
+
+
+class FlashT5LayerFF(FlashT5SubLayer):
+    """Feed-forward sub-layer."""
+
+    def __init__(self, config: FlashT5Config) -> None:
+        super().__init__(config)
         self.act = FlashT5DenseGatedAct(config) if config.is_gated_act else FlashT5DenseAct(config)
         self.wo = nn.Linear(config.d_ff, config.d_model, bias=False)
         self.wo.init_std = config.d_ff**-0.5
-        self.layer_norm = FlashT5LayerNorm(config.d_model, config.layer_norm_epsilon)
-        self.dropout = nn.Dropout(config.dropout_rate)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """`[B, L, D]` to `[B, L, D]`."""
-        inner = self.dropout(self.act(self.layer_norm(hidden_states)))
-        if self.wo.weight.dtype == torch.float32:  # kept so under fp16, where its output overflows
-            inner = inner.float()
-        return hidden_states + self.dropout(self.wo(inner))
+    def forward(self, hidden_states: torch.Tensor, branch: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Residual stream `[B, L, D]` and what the layer adds to it."""
+        normed, hidden_states = self.normalise(hidden_states, branch)
+        inner = self.act(normed, dropout_probability(self.dropout))
+        if self.wo.weight.dtype == torch.float32 and not torch.is_autocast_enabled(inner.device.type):
+            inner = inner.float()  # kept so in a model in fp16, where its output overflows
+        return hidden_states, self.wo(inner)
 
 
-class FlashT5LayerSelfAttention(nn.Module):
-    """Pre-norm self-attention sub-layer with its residual."""
+class FlashT5LayerSelfAttention(FlashT5SubLayer):
+    """Self-attention sub-layer."""
 
     def __init__(self, config: FlashT5Config, layer_idx: int, is_decoder: bool) -> None:
-        super().__init__()
+        super().__init__(config)
         has_position_bias = layer_idx == 0 or config.relative_attention_per_layer
         self.self_attention = FlashT5Attention(config, layer_idx, is_decoder, has_position_bias)
-        self.layer_norm = FlashT5LayerNorm(config.d_model, config.layer_norm_epsilon)
-        self.dropout = nn.Dropout(config.dropout_rate)
 
     def forward(
         self,
         hidden_states: torch.Tensor,
+        branch: torch.Tensor | None,
         mask: AttentionMask,
         bias: torch.Tensor | None,
         past_key_values: EncoderDecoderCache | None,
         output_attentions: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Hidden states `[B, L, D]`, the bias to share and the attention weights (see `FlashT5Attention`)."""
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Residual stream `[B, L, D]`, what the layer adds, bias to share, attention weights."""
+        normed, hidden_states = self.normalise(hidden_states, branch)
         output, bias, weights = self.self_attention(
-            self.layer_norm(hidden_states),
+            normed,
             mask,
             bias,
             past_key_values=past_key_values,
             output_attentions=output_attentions,
         )
-        return hidden_states + self.dropout(output), bias, weights
+        return hidden_states, output, bias, weights
 
 
-class FlashT5LayerCrossAttention(nn.Module):
-    """Pre-norm cross-attention sub-layer with its residual. It has no position bias."""
+class FlashT5LayerCrossAttention(FlashT5SubLayer):
+    """Cross-attention sub-layer. It has no position bias."""
 
     def __init__(self, config: FlashT5Config, layer_idx: int) -> None:
-        super().__init__()
+        super().__init__(config)
         self.cross_attention = FlashT5Attention(config, layer_idx, is_decoder=True, has_position_bias=False)
-        self.layer_norm = FlashT5LayerNorm(config.d_model, config.layer_norm_epsilon)
-        self.dropout = nn.Dropout(config.dropout_rate)
 
     def forward(
         self,
         hidden_states: torch.Tensor,
+        branch: torch.Tensor | None,
         mask: AttentionMask,
         bias: torch.Tensor | None,
         key_value_states: torch.Tensor,
         past_key_values: EncoderDecoderCache | None,
         output_attentions: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Hidden states `[B, Ld, D]`, the mask to share and the attention weights (see `FlashT5Attention`)."""
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Residual stream `[B, Ld, D]`, what the layer adds, mask to share, attention weights."""
+        normed, hidden_states = self.normalise(hidden_states, branch)
         output, bias, weights = self.cross_attention(
-            self.layer_norm(hidden_states),
+            normed,
             mask,
             bias,
             key_value_states=key_value_states,
             past_key_values=past_key_values,
             output_attentions=output_attentions,
         )
-        return hidden_states + self.dropout(output), bias, weights
+        return hidden_states, output, bias, weights
 
 
 class FlashT5Block(GradientCheckpointingLayer):
@@ -147,6 +189,7 @@ class FlashT5Block(GradientCheckpointingLayer):
     def forward(
         self,
         hidden_states: torch.Tensor,
+        branch: torch.Tensor | None,
         bias: torch.Tensor | None,
         encoder_hidden_states: torch.Tensor | None,
         cross_bias: torch.Tensor | None,
@@ -158,25 +201,42 @@ class FlashT5Block(GradientCheckpointingLayer):
         """Run the layer. What needs a gradient comes first, by position, for reentrant checkpointing.
 
         Returns:
-            Hidden states `[B, L, D]`, self-attention bias, cross-attention bias, self-attention weights and
-            cross-attention weights; what does not apply is None.
+            Residual stream `[B, L, D]` and what is still to be added to it (see `FlashT5SubLayer`), self-attention
+            bias, cross-attention bias, self-attention weights and cross-attention weights; what does not apply is None.
         """
-        hidden_states, bias, weights = self.self_attention_layer(
-            hidden_states, mask, bias, past_key_values, output_attentions
+        hidden_states, branch, bias, weights = self.self_attention_layer(
+            hidden_states, branch, mask, bias, past_key_values, output_attentions
         )
-        hidden_states = clamp_fp16(hidden_states)
         cross_weights = None
         if self.cross_attention_layer is not None:
-            hidden_states, cross_bias, cross_weights = self.cross_attention_layer(
-                hidden_states, cross_mask, cross_bias, encoder_hidden_states, past_key_values, output_attentions
+            hidden_states, branch, cross_bias, cross_weights = self.cross_attention_layer(
+                hidden_states,
+                branch,
+                cross_mask,
+                cross_bias,
+                encoder_hidden_states,
+                past_key_values,
+                output_attentions,
             )
-            hidden_states = clamp_fp16(hidden_states)
-        hidden_states = clamp_fp16(self.ff_layer(hidden_states))
-        return hidden_states, bias, cross_bias, weights, cross_weights
+        hidden_states, branch = self.ff_layer(hidden_states, branch)
+        if self.training and self.gradient_checkpointing:  # which keeps what goes between layers: one tensor, not two
+            hidden_states, branch = add_branch(hidden_states, branch, self.ff_layer.dropout), None
+        return hidden_states, branch, bias, cross_bias, weights, cross_weights
 
 
-def clamp_fp16(hidden_states: torch.Tensor) -> torch.Tensor:
-    """Keep fp16 activations finite: T5's residual stream exceeds fp16's range in some checkpoints."""
+def dropout_probability(dropout: nn.Dropout) -> float:
+    """What a dropout module does now: 0 outside training."""
+    return dropout.p if dropout.training else 0.0
+
+
+def add_branch(hidden_states: torch.Tensor, branch: torch.Tensor | None, dropout: nn.Dropout) -> torch.Tensor:
+    """The sum that the next norm would begin with, kept in fp16's range, for whoever wants it before.
+
+    T5's residual stream exceeds that range in some checkpoints.
+    """
+    if branch is None:
+        return hidden_states
+    hidden_states = hidden_states + dropout(branch)
     if hidden_states.dtype != torch.float16:
         return hidden_states
     largest = torch.finfo(torch.float16).max

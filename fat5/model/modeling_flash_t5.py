@@ -1,21 +1,23 @@
-"""FlashT5 models: encoder-decoder, the same with a language modeling head, and encoder only."""
+"""FlashT5 models: encoder-decoder, and the same with a language modeling head. All others are reached from here too."""
 
-import os
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin
 from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput, Seq2SeqModelOutput
 from transformers.utils import ModelOutput
 
-from .attention import ATTENTION_FUNCTIONS, FlashT5Attention
+from .attention import FlashT5Attention
 from .configuration_flash_t5 import FlashT5Config
-from .layers_flash_t5 import FlashT5Block, FlashT5LayerNorm
+from .encoder_flash_t5 import FlashT5EncoderModel
+from .head_flash_t5 import loss_and_logits, places_of_labels
+from .layers_flash_t5 import FlashT5Block
+from .packed_inputs import read_segments, require_a_pair, shift_right, until_last_label
 from .position_encoding import RelativePositionBias
-from .runtime_files import copy_runtime_files
+from .pretrained_flash_t5 import REPEATED_EMBEDDINGS, FlashT5PreTrainedModel
 from .stack_flash_t5 import FlashT5Stack, static_length
 
 # From a local folder transformers 4 copies only the files it reads in the imports of this one, run or not.
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from .attention_layout import KernelLayout as KernelLayout
     from .attention_mask import AttentionMask as AttentionMask
     from .fused_attention import fused_attention as fused_attention
+    from .fused_linear import fused_linear as fused_linear
     from .ops_attention import attention as attention
     from .ops_attention_backward import launch_backward as launch_backward
     from .ops_attention_backward_configs import backward_config as backward_config
@@ -42,6 +45,17 @@ if TYPE_CHECKING:
     from .ops_attention_problem import Problem as Problem
     from .ops_attention_reference import reference_attention as reference_attention
     from .ops_attention_strips import expand_strips as expand_strips
+    from .ops_cross_entropy import cross_entropy as cross_entropy
+    from .ops_cross_entropy_kernels import launch_loss as launch_loss
+    from .ops_dropout_tile import keep_tile as keep_tile
+    from .ops_gated_act import gated_act as gated_act
+    from .ops_gated_act_kernels import activate as activate
+    from .ops_linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
+    from .ops_philox import philox as philox
+    from .ops_rms_norm import add_rms_norm as add_rms_norm
+    from .ops_rms_norm_kernels import launch_shape as launch_shape
+    from .packed_stack import pack_stack as pack_stack
+    from .runtime_files import copy_runtime_files as copy_runtime_files
 
 __all__ = [
     "FlashT5Attention",
@@ -53,86 +67,6 @@ __all__ = [
     "FlashT5Stack",
     "RelativePositionBias",
 ]
-
-REPEATED_EMBEDDINGS = [r"^(en|de)coder\.embed_tokens\.weight$"]
-"""Other tools' files may repeat the embedding, which is `shared` here, under these names."""
-
-
-class FlashT5PreTrainedModel(PreTrainedModel):
-    """What all FlashT5 models share: loading, saving, initialisation."""
-
-    shared: nn.Module
-    encoder: FlashT5Stack
-    config_class = FlashT5Config
-    base_model_prefix = "transformer"
-    main_input_name = "input_ids"
-    supports_gradient_checkpointing = True
-    accepts_loss_kwargs = True
-    _supports_sdpa = True
-    _can_compile_fullgraph = True
-    _no_split_modules = ["FlashT5Block"]  # noqa: RUF012 (declared without ClassVar in transformers)
-    _keep_in_fp32_modules = ["wo"]  # noqa: RUF012
-    _keys_to_ignore_on_load_unexpected = REPEATED_EMBEDDINGS
-
-    def embed(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None = None) -> torch.Tensor:
-        """Embeddings `[B, L, D]` of ids `[B, L]`, or those given in their place.
-
-        Raises:
-            ValueError: unless exactly one of the two is given.
-        """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError(
-                "Give exactly one of `input_ids` and `inputs_embeds`, and to a model with a decoder exactly one of "
-                "`decoder_input_ids` and `decoder_inputs_embeds`, or `labels`."
-            )
-        return self.shared(input_ids) if inputs_embeds is None else inputs_embeds
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The embedding that encoder and decoder share."""
-        return self.shared
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the embedding of encoder and decoder."""
-        self.shared = value
-
-    def get_encoder(self, modality: str | None = None) -> nn.Module:
-        """The encoder, whatever the modality."""
-        return self.encoder
-
-    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
-        """The implementation that a request stands for, "sdpa" where there is none.
-
-        "fat5" is resolved call by call: the kernels on the devices that have them, sdpa on others.
-
-        Raises:
-            ValueError: if FlashT5 has no such implementation.
-        """
-        implementation = "sdpa" if requested_attention is None else requested_attention
-        if implementation not in ATTENTION_FUNCTIONS:
-            reason = "cannot add T5's position bias" if "flash" in implementation else "does not exist here"
-            raise ValueError(
-                f"attn_implementation={implementation!r} {reason}: FlashT5 runs on {', '.join(ATTENTION_FUNCTIONS)}."
-            )
-        return implementation
-
-    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """Save as in transformers, and always with the code files that the saved `auto_map` names."""
-        if kwargs.get("is_main_process", args[0] if args else True):
-            copy_runtime_files(save_directory)
-        super().save_pretrained(save_directory, *args, **kwargs)
-
-    def _init_weights(self, module: nn.Module) -> None:
-        """T5's initialisation (Mesh TensorFlow's, as in `transformers`), scaled by `initializer_factor`.
-
-        Layers carry their standard deviation as `init_std`, without which it is 1 (embedding and head), because
-        transformers 5 calls this only on modules that own parameters. It guards `torch.nn.init` against overwriting
-        loaded weights.
-        """
-        factor = self.config.initializer_factor
-        if isinstance(module, FlashT5LayerNorm):
-            nn.init.constant_(module.weight, factor)
-        elif isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=factor * getattr(module, "init_std", 1.0))
 
 
 class FlashT5EncoderDecoder(FlashT5PreTrainedModel):
@@ -156,9 +90,14 @@ class FlashT5EncoderDecoder(FlashT5PreTrainedModel):
         decoder_inputs_embeds: torch.Tensor | None = None,
         encoder_segment_ids: torch.Tensor | None = None,
         decoder_segment_ids: torch.Tensor | None = None,
+        encoder_cu_seqlens: torch.Tensor | None = None,
+        decoder_cu_seqlens: torch.Tensor | None = None,
+        encoder_max_length: int | torch.Tensor | None = None,
+        decoder_max_length: int | torch.Tensor | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        labels: torch.Tensor | None = None,
     ) -> Seq2SeqModelOutput:
         """Encode, unless `encoder_outputs` are given, and decode.
 
@@ -174,34 +113,62 @@ class FlashT5EncoderDecoder(FlashT5PreTrainedModel):
             encoder_segment_ids: ints `[B, Le]`, 0 for padding and 1..n for the examples packed in a row, which do not
                 see each other. Given together with the decoder's, or not at all.
             decoder_segment_ids: ints `[B, Ld]`; a segment attends to the encoder's segment of the same number.
+            encoder_cu_seqlens: ints `[S + 1]`, in place of segment ids for a stream: examples one behind the other in a
+                single row `[1, T]` without padding, where each of them begins, and T. Given for both sides, or neither.
+            decoder_cu_seqlens: the same of the decoder's row; example s attends to the encoder's example s.
+            encoder_max_length: tokens of the longest example of the encoder's stream, or more; an int, so that nobody
+                has to wait for the device. Counted when left out.
+            decoder_max_length: the same of the decoder's.
             use_cache: return a cache; None as the configuration says. Never under gradient checkpointing.
             output_attentions: return attention weights; the call then runs on the eager implementation.
-            output_hidden_states: return all hidden states.
+            output_hidden_states: return all hidden states. Here as in the last one, what is padding has no meaning: on
+                the kernels, which do not compute it, it is zero.
+            labels: int64 `[B, Ld]`, from which decoder inputs are made where there are none; -100 behind the last label
+                of a row is padding.
 
         Raises:
             ValueError: if inputs are missing or contradict each other; the message says which.
         """
-        if (encoder_segment_ids is None) != (decoder_segment_ids is None):
-            raise ValueError("Give both `encoder_segment_ids` and `decoder_segment_ids`, or neither.")
-        outputs = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
         encoded: Any = encoder_outputs
-        if encoder_outputs is None:
-            encoded = self.encoder(
-                inputs_embeds=self.embed(input_ids, inputs_embeds),
-                attention_mask=attention_mask,
-                segment_ids=encoder_segment_ids,
-                return_dict=True,
-                **outputs,
-            )
-        elif not isinstance(encoder_outputs, ModelOutput):
+        if encoder_outputs is not None and not isinstance(encoder_outputs, ModelOutput):
             encoded = BaseModelOutput(*encoded)
+        embeds = self.embed(input_ids, inputs_embeds) if encoded is None else encoded.last_hidden_state
+        segments = read_segments(
+            "encoder", embeds.shape, attention_mask, encoder_segment_ids, encoder_cu_seqlens, encoder_max_length
+        )
+        target = next((x for x in (decoder_input_ids, decoder_inputs_embeds, labels) if x is not None), None)
+        decoder_segments = (
+            None
+            if target is None
+            else read_segments(
+                "decoder",
+                target.shape,
+                decoder_attention_mask,
+                decoder_segment_ids,
+                decoder_cu_seqlens,
+                decoder_max_length,
+            )
+        )
+        require_a_pair(segments, decoder_segments)
+        if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
+            ids = None if decoder_segments is None else decoder_segments.ids
+            start, pad = self.config.decoder_start_token_id, self.config.pad_token_id
+            decoder_input_ids = shift_right(labels, ids, start, pad)
+            padded = decoder_attention_mask is None and decoder_segments is None
+            if padded and self.decoder.may_pack(embeds.device, embeds.dtype):
+                decoder_attention_mask = until_last_label(labels)
+        outputs = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
+        if encoded is None:
+            encoded = self.encoder(
+                inputs_embeds=embeds, attention_mask=attention_mask, segments=segments, return_dict=True, **outputs
+            )
         decoder_outputs = self.decoder(
             inputs_embeds=self.embed(decoder_input_ids, decoder_inputs_embeds),
             attention_mask=decoder_attention_mask,
-            segment_ids=decoder_segment_ids,
+            segments=decoder_segments,
             encoder_hidden_states=encoded.last_hidden_state,
             encoder_attention_mask=attention_mask,
-            encoder_segment_ids=encoder_segment_ids,
+            encoder_segments=segments,
             past_key_values=past_key_values,
             use_cache=self.config.use_cache if use_cache is None else use_cache,
             return_dict=True,
@@ -240,6 +207,10 @@ class FlashT5Model(FlashT5EncoderDecoder):
         decoder_inputs_embeds: torch.Tensor | None = None,
         encoder_segment_ids: torch.Tensor | None = None,
         decoder_segment_ids: torch.Tensor | None = None,
+        encoder_cu_seqlens: torch.Tensor | None = None,
+        decoder_cu_seqlens: torch.Tensor | None = None,
+        encoder_max_length: int | torch.Tensor | None = None,
+        decoder_max_length: int | torch.Tensor | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
@@ -257,6 +228,10 @@ class FlashT5Model(FlashT5EncoderDecoder):
             decoder_inputs_embeds=decoder_inputs_embeds,
             encoder_segment_ids=encoder_segment_ids,
             decoder_segment_ids=decoder_segment_ids,
+            encoder_cu_seqlens=encoder_cu_seqlens,
+            decoder_cu_seqlens=decoder_cu_seqlens,
+            encoder_max_length=encoder_max_length,
+            decoder_max_length=decoder_max_length,
             use_cache=use_cache,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
@@ -296,6 +271,10 @@ class FlashT5ForConditionalGeneration(FlashT5EncoderDecoder, GenerationMixin):
         labels: torch.Tensor | None = None,
         encoder_segment_ids: torch.Tensor | None = None,
         decoder_segment_ids: torch.Tensor | None = None,
+        encoder_cu_seqlens: torch.Tensor | None = None,
+        decoder_cu_seqlens: torch.Tensor | None = None,
+        encoder_max_length: int | torch.Tensor | None = None,
+        decoder_max_length: int | torch.Tensor | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
@@ -304,7 +283,8 @@ class FlashT5ForConditionalGeneration(FlashT5EncoderDecoder, GenerationMixin):
     ) -> Seq2SeqLMOutput | tuple[torch.Tensor, ...]:
         """Logits `[B, Ld, V]` in the model's dtype and, given labels, the loss in fp32.
 
-        Arguments as in `run`, and these:
+        Training with labels on a GPU, the loss is computed without logits, which then are None. Arguments as in `run`,
+        and these:
 
         Args:
             labels: int64 `[B, Ld]`, -100 where nothing is to be predicted. Without decoder inputs these are the
@@ -314,10 +294,11 @@ class FlashT5ForConditionalGeneration(FlashT5EncoderDecoder, GenerationMixin):
             num_items_in_batch: what the summed loss is divided by, as `Trainer` gives it under gradient
                 accumulation; None for the number of labels that are not -100.
         """
+        places = None
         if labels is not None:
             use_cache = bool(use_cache)
-            if decoder_input_ids is None and decoder_inputs_embeds is None:
-                decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels, decoder_segment_ids)
+            if self.training and attention_mask is not None:  # there may be padding, and the encoder will look for it
+                places = places_of_labels(labels)
         outputs = self.run(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -329,16 +310,22 @@ class FlashT5ForConditionalGeneration(FlashT5EncoderDecoder, GenerationMixin):
             decoder_inputs_embeds=decoder_inputs_embeds,
             encoder_segment_ids=encoder_segment_ids,
             decoder_segment_ids=decoder_segment_ids,
+            encoder_cu_seqlens=encoder_cu_seqlens,
+            decoder_cu_seqlens=decoder_cu_seqlens,
+            encoder_max_length=encoder_max_length,
+            decoder_max_length=decoder_max_length,
             use_cache=use_cache,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
+            labels=labels,
         )
-        hidden_states = outputs.last_hidden_state
-        if self.config.scale_decoder_outputs:
-            hidden_states = hidden_states * self.config.d_model**-0.5
-        logits = self.lm_head(hidden_states)
+        hidden_states: Any = outputs.last_hidden_state
+        scale = self.config.d_model**-0.5 if self.config.scale_decoder_outputs else 1.0
+        loss, logits = loss_and_logits(
+            self.lm_head, hidden_states, labels, scale, self.training, num_items_in_batch, places
+        )
         output = Seq2SeqLMOutput(
-            loss=None if labels is None else cross_entropy(logits, labels, num_items_in_batch),
+            loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             decoder_hidden_states=outputs.decoder_hidden_states,
@@ -355,13 +342,8 @@ class FlashT5ForConditionalGeneration(FlashT5EncoderDecoder, GenerationMixin):
         self, labels: torch.Tensor, decoder_segment_ids: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Labels `[B, Ld]` shifted right: every row, and every segment in it, begins with the start token."""
-        shifted = labels.roll(1, dims=-1)
-        starts = torch.zeros_like(labels, dtype=torch.bool)
-        starts[:, 0] = True
-        if decoder_segment_ids is not None:
-            starts[:, 1:] = decoder_segment_ids[:, 1:] != decoder_segment_ids[:, :-1]
-        shifted = shifted.masked_fill(shifted == -100, self.config.pad_token_id)
-        return shifted.masked_fill(starts, self.config.decoder_start_token_id)
+        start, pad = self.config.decoder_start_token_id, self.config.pad_token_id
+        return shift_right(labels, decoder_segment_ids, start, pad)
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Inputs of one step of `generate`.
@@ -369,8 +351,9 @@ class FlashT5ForConditionalGeneration(FlashT5EncoderDecoder, GenerationMixin):
         Raises:
             ValueError: if there are segment ids, since packed rows cannot be continued.
         """
-        if kwargs.get("encoder_segment_ids") is not None or kwargs.get("decoder_segment_ids") is not None:
-            raise ValueError("`generate` continues one sequence per row: give it unpacked inputs, without segment ids.")
+        packed = ("encoder_segment_ids", "decoder_segment_ids", "encoder_cu_seqlens", "decoder_cu_seqlens")
+        if any(kwargs.get(name) is not None for name in packed):
+            raise ValueError("`generate` continues one sequence per row: give it unpacked inputs, without segments.")
         prepare: Any = GenerationMixin.prepare_inputs_for_generation  # its `self` is annotated with a protocol
         inputs = prepare(self, *args, **kwargs)
         inputs.pop("cache_position", None)  # transformers 4 passes it; the cache knows
@@ -392,54 +375,5 @@ class FlashT5ForConditionalGeneration(FlashT5EncoderDecoder, GenerationMixin):
         return F.pad(attention_mask, (0, static_length(cache) - attention_mask.shape[1]), value=1)
 
 
-class FlashT5EncoderModel(FlashT5PreTrainedModel):
-    """The encoder alone. Loads from the files of a model with a decoder."""
-
-    _keys_to_ignore_on_load_unexpected = [*REPEATED_EMBEDDINGS, r"^decoder\.", r"^lm_head\."]  # noqa: RUF012
-
-    def __init__(self, config: FlashT5Config) -> None:
-        super().__init__(config)
-        self.shared = nn.Embedding(config.vocab_size, config.d_model)
-        self.encoder = FlashT5Stack(config, self.embed, is_decoder=False)
-        self.post_init()
-
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        encoder_segment_ids: torch.Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-    ) -> ModelOutput | tuple[torch.Tensor, ...]:
-        """Last hidden state `[B, Le, D]` and the rest. Arguments as in `FlashT5EncoderDecoder.run`."""
-        return self.encoder(
-            inputs_embeds=self.embed(input_ids, inputs_embeds),
-            attention_mask=attention_mask,
-            segment_ids=encoder_segment_ids,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            return_dict=return_dict,
-        )
-
-
-def cross_entropy(
-    logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
-) -> torch.Tensor:
-    """Cross-entropy in fp32 of logits `[B, L, V]` on labels `[B, L]`, over those that are not -100.
-
-    Summed, then divided by `num_items_in_batch`, or by the number of labels (1 if there are none).
-    """
-    labels = labels.to(logits.device)
-    total = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
-    if num_items_in_batch is None:
-        num_items_in_batch = (labels != -100).sum().clamp(min=1)
-    elif isinstance(num_items_in_batch, torch.Tensor):
-        num_items_in_batch = num_items_in_batch.to(total.device)
-    return total / num_items_in_batch
-
-
 FlashT5Model.register_for_auto_class("AutoModel")
 FlashT5ForConditionalGeneration.register_for_auto_class("AutoModelForSeq2SeqLM")
-FlashT5EncoderModel.register_for_auto_class("AutoModelForTextEncoding")

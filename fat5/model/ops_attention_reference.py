@@ -6,8 +6,7 @@ import torch
 
 from .ops_attention_bias import ALIBI_BIAS, DENSE_BIAS, T5_BIAS, BiasArgs
 from .ops_attention_problem import Problem
-
-MASK_32 = 0xFFFFFFFF
+from .ops_philox import philox
 
 
 def reference_attention(
@@ -83,20 +82,7 @@ def dropout_mask(
         torch.arange(first_segment, first_segment + segments, device=device)[:, None, None, None],
     ]
     c0, c1, c2, c3 = (counter.expand(shape) for counter in counters)
-    k0, k1 = seed & MASK_32, (seed >> 32) & MASK_32
-    for _ in range(10):
-        low_2, high_2 = _multiply(c2, 0xCD9E8D57)
-        low_0, high_0 = _multiply(c0, 0xD2511F53)
-        c0, c1, c2, c3 = high_2 ^ c1 ^ k0, low_2, high_0 ^ c3 ^ k1, low_0
-        k0, k1 = (k0 + 0x9E3779B9) & MASK_32, (k1 + 0xBB67AE85) & MASK_32
+    c0 = philox(seed, c0, c1, c2, c3)[0]
     signed = torch.where(c0 >= 1 << 31, c0 - (1 << 32), c0)
     uniform = torch.where(signed < 0, -signed - 1, signed).float() * 4.6566127342e-10
     return uniform > p
-
-
-def _multiply(x: torch.Tensor, factor: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Low and high 32 bits of the product of 32-bit numbers held in int64, which overflows neither way."""
-    low, high = x & 0xFFFF, x >> 16
-    partial = low * factor  # below 2**48
-    upper = high * factor + (partial >> 16)
-    return ((upper & 0xFFFF) << 16) | (partial & 0xFFFF), upper >> 16

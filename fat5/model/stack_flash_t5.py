@@ -8,9 +8,11 @@ from torch import nn
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
-from .attention_mask import AttentionMask
+from .attention_mask import AttentionMask, kernels_take
 from .configuration_flash_t5 import FlashT5Config
-from .layers_flash_t5 import FlashT5Block, FlashT5LayerNorm
+from .layers_flash_t5 import FlashT5Block, FlashT5LayerNorm, add_branch, dropout_probability
+from .packed_inputs import Segments
+from .packed_stack import Rows, pack_stack
 
 
 class FlashT5Stack(nn.Module):
@@ -40,10 +42,10 @@ class FlashT5Stack(nn.Module):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        segment_ids: torch.Tensor | None = None,
+        segments: Segments | None = None,
         encoder_hidden_states: torch.Tensor | None = None,
         encoder_attention_mask: torch.Tensor | None = None,
-        encoder_segment_ids: torch.Tensor | None = None,
+        encoder_segments: Segments | None = None,
         past_key_values: EncoderDecoderCache | None = None,
         use_cache: bool = False,
         output_attentions: bool | None = None,
@@ -52,14 +54,18 @@ class FlashT5Stack(nn.Module):
     ) -> Any:
         """Run the stack.
 
+        Where the kernels serve, it runs on the real tokens alone, `[1, T, D]` from the first layer to the last, unless
+        that would change distances (holes in a mask), a cache already holds tokens, or a graph is compiled or captured.
+        What it returns is padded again, with zeros.
+
         Args:
             input_ids: int64 `[B, L]`, or
             inputs_embeds: `[B, L, D]`, exactly one of the two.
             attention_mask: `[B, L]`, in a decoder with cache `[B, past + L]`; non-zero for real tokens.
-            segment_ids: ints `[B, L]`, 0 for padding and 1..n for the sequences packed in a row.
+            segments: the sequences packed in the rows.
             encoder_hidden_states: `[B, Le, D]`, with the two below in a decoder only.
             encoder_attention_mask: `[B, Le]`.
-            encoder_segment_ids: ints `[B, Le]`.
+            encoder_segments: those in the encoder's rows.
             past_key_values: cache to extend.
             use_cache: in a decoder, begin a cache if none is given.
             output_attentions: return attention weights (computed by the eager implementation).
@@ -83,29 +89,43 @@ class FlashT5Stack(nn.Module):
             past_key_values = EncoderDecoderCache(DynamicCache(), DynamicCache())
 
         implementation = "eager" if output_attentions else self.config._attn_implementation
-        mask = self._self_attention_mask(inputs_embeds, attention_mask, segment_ids, past_key_values)
-        mask.prepare(implementation, inputs_embeds.dtype, self.config.d_kv)
-        cross_mask = None
+        length = inputs_embeds.shape[1]
+        cross = None
         if encoder_hidden_states is not None:
-            cross_mask = AttentionMask(
-                query_length=inputs_embeds.shape[1],
-                key_length=encoder_hidden_states.shape[1],
-                device=inputs_embeds.device,
-                cross=True,
-                key_mask=key_mask(encoder_attention_mask, encoder_hidden_states.shape[1]),
-                query_segments=segment_ids if encoder_segment_ids is not None else None,
-                key_segments=encoder_segment_ids,
-            )
-            cross_mask.prepare(implementation, inputs_embeds.dtype, self.config.d_kv)
+            encoder_length = encoder_hidden_states.shape[1]
+            encoder_mask = key_mask(encoder_attention_mask, encoder_length)
+            cross = Rows((encoder_hidden_states.shape[0], encoder_length), encoder_mask, encoder_segments)
+        packed = None
+        if self.may_pack(inputs_embeds.device, inputs_embeds.dtype, implementation) and is_new(past_key_values):
+            own = Rows((inputs_embeds.shape[0], length), key_mask(attention_mask, length), segments)
+            packed = pack_stack(own, cross, inputs_embeds.device)
+        cross_mask = None
+        if packed is None:
+            mask = self._self_attention_mask(inputs_embeds, attention_mask, segments, past_key_values)
+            mask.prepare(implementation, inputs_embeds.dtype, self.config.d_kv)
+            if cross is not None:
+                cross_mask = cross_attention_mask(length, cross, segments, inputs_embeds.device)
+                cross_mask.prepare(implementation, inputs_embeds.dtype, self.config.d_kv)
+        else:
+            mask = packed.self_attention(causal=self.is_decoder)
+            inputs_embeds = packed.queries.pack(inputs_embeds)
+            if encoder_hidden_states is not None:
+                cross_mask = packed.cross_attention()
+                encoder_hidden_states = packed.keys.pack(encoder_hidden_states)
 
         hidden_states = self.dropout(inputs_embeds)
         all_hidden_states, all_weights, all_cross_weights = [], [], []
-        bias = cross_bias = None
+        wide = self.config.residual_in_fp32
+        if not torch.is_grad_enabled() if wide is None else wide:
+            hidden_states = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
+        branch = bias = cross_bias = None
         for block in self.block:
             if output_hidden_states:
-                all_hidden_states.append(hidden_states)
-            hidden_states, bias, cross_bias, weights, cross_weights = block(
+                hidden_states, branch = add_branch(hidden_states, branch, self.dropout), None
+                all_hidden_states.append(hidden_states.to(inputs_embeds.dtype))
+            hidden_states, branch, bias, cross_bias, weights, cross_weights = block(
                 hidden_states,
+                branch,
                 None if self.config.relative_attention_per_layer else bias,
                 encoder_hidden_states,
                 cross_bias,
@@ -116,7 +136,11 @@ class FlashT5Stack(nn.Module):
             )
             all_weights.append(weights)
             all_cross_weights.append(cross_weights)
-        hidden_states = self.dropout(self.final_layer_norm(hidden_states))
+        hidden_states, _ = self.final_layer_norm(hidden_states, branch, dropout_probability(self.dropout))
+        hidden_states = self.dropout(hidden_states)
+        if packed is not None:
+            hidden_states = packed.queries.unpack(hidden_states)
+            all_hidden_states = [packed.queries.unpack(states) for states in all_hidden_states]
         output = BaseModelOutputWithPastAndCrossAttentions(
             last_hidden_state=hidden_states,
             past_key_values=past_key_values,
@@ -126,11 +150,15 @@ class FlashT5Stack(nn.Module):
         )
         return output if return_dict else output.to_tuple()
 
+    def may_pack(self, device: torch.device, dtype: torch.dtype, implementation: str | None = None) -> bool:
+        """Whether the kernels serve states of this kind, so that the stack may run without padding."""
+        return kernels_take(implementation or self.config._attn_implementation, device, dtype, self.config.d_kv)
+
     def _self_attention_mask(
         self,
         inputs_embeds: torch.Tensor,
         attention_mask: torch.Tensor | None,
-        segment_ids: torch.Tensor | None,
+        segments: Segments | None,
         past_key_values: EncoderDecoderCache | None,
     ) -> AttentionMask:
         length = key_length = inputs_embeds.shape[1]
@@ -144,8 +172,9 @@ class FlashT5Stack(nn.Module):
                 key_length = offset + length
             if isinstance(offset, torch.Tensor):
                 offset = offset.clone()  # the cache counts on in place
-            if segment_ids is not None and not (isinstance(offset, int) and offset == 0):
+            if segments is not None and not (isinstance(offset, int) and offset == 0):
                 raise ValueError("Packed segments cannot be continued from a cache: run them in one call.")
+        segment_ids = None if segments is None else segments.ids
         return AttentionMask(
             query_length=length,
             key_length=key_length,
@@ -156,6 +185,22 @@ class FlashT5Stack(nn.Module):
             query_segments=segment_ids,
             key_segments=segment_ids,
         )
+
+
+def cross_attention_mask(length: int, encoder: Rows, segments: Segments | None, device: torch.device) -> AttentionMask:
+    """Mask of `length` queries, in the decoder's segments if there are any, towards the encoder's rows."""
+    mask = AttentionMask(length, encoder.shape[1], device, cross=True, key_mask=encoder.mask)
+    if segments is not None and encoder.segments is not None:
+        mask.query_segments, mask.key_segments = segments.ids, encoder.segments.ids
+    return mask
+
+
+def is_new(past_key_values: EncoderDecoderCache | None) -> bool:
+    """Whether there is no cache, or one that is empty and grows as needed."""
+    if past_key_values is None:
+        return True
+    cache = past_key_values.self_attention_cache
+    return not cache.is_compileable and cache.get_seq_length() == 0 and not any(past_key_values.is_updated.values())
 
 
 def key_mask(attention_mask: torch.Tensor | None, key_length: int) -> torch.Tensor | None:

@@ -55,8 +55,12 @@ def test_packed_tokens_are_the_segments_one_after_another(rows, gaps):
     assert layout.keys.cu_seqlens.dtype == torch.int32
     assert layout.keys.longest == max(map(len, expected))
     states = torch.randn(rows, 3, 40, 5)
-    again = layout.keys.scatter(layout.keys.gather(states), rows, 40)
+    again = layout.keys.scatter(layout.keys.gather(states))
     assert torch.equal(again, states * (segments > 0)[:, None, :, None])
+    states = torch.randn(rows, 40, 5)
+    packed = layout.keys.pack(states)
+    assert torch.equal(packed[0], states.flatten(0, 1)[layout.keys.order])
+    assert torch.equal(layout.keys.unpack(packed), states * (segments > 0)[..., None])
 
 
 def test_segments_of_queries_and_keys_correspond():

@@ -127,9 +127,9 @@ def test_norm_is_that_of_stock_bit_for_bit(dtype):
         ours.weight.normal_()
         stock.weight.copy_(ours.weight)
     states = 1000 * torch.randn(5, 64, dtype=dtype)  # the squares exceed fp16's range
-    assert torch.equal(ours(states), stock(states))
-    assert ours(states).isfinite().all()
-    assert torch.equal(ours(states.float()), stock(states.float()))  # the residual stream may be fp32
+    assert torch.equal(ours(states)[0], stock(states))
+    assert ours(states)[0].isfinite().all()
+    assert torch.equal(ours(states.float())[0], stock(states.float()))  # the residual stream may be fp32
 
 
 def test_inputs_that_contradict_each_other_are_refused():
@@ -139,5 +139,5 @@ def test_inputs_that_contradict_each_other_are_refused():
         flash(attention_mask=inputs["attention_mask"], decoder_input_ids=inputs["decoder_input_ids"])
     with pytest.raises(ValueError, match=r"must be \[batch, 37\]"):
         flash(**{**inputs, "attention_mask": inputs["attention_mask"][:, 1:]})
-    with pytest.raises(ValueError, match="or neither"):
+    with pytest.raises(ValueError, match="neither"):
         flash(**inputs, encoder_segment_ids=inputs["attention_mask"])

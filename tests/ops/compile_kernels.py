@@ -1,8 +1,9 @@
-"""Compile the attention kernels for GPUs that are not there, and say what each one needs.
+"""Compile the kernels for GPUs that are not there, and say what each one needs.
 
     python tests/ops/compile_kernels.py --cover first     # a handful of variants (what the tests run)
     python tests/ops/compile_kernels.py --cover pairs     # every pair of options occurs
     python tests/ops/compile_kernels.py --cover all       # every combination: hours
+    python tests/ops/compile_kernels.py --ops layer       # norm, activation and loss instead of attention
 
 The launchers run as they are, on tensors of the CPU; only Triton's driver and the launches are replaced, so that what
 is compiled is what would be launched. Prints one JSON object per variant; exits with 1 if a kernel does not compile,
@@ -18,13 +19,14 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import SimpleNamespace
 
 os.environ.pop("TRITON_INTERPRET", None)
 
 import torch
 import triton
+from layer_launches import launch_layer, layer_variants
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -74,8 +76,11 @@ class AbsentGPU:
         return 0
 
 
-def variants(cover: str) -> Iterator[dict]:
+def variants(cover: str, ops: str) -> Iterator[dict]:
     """Combinations of OPTIONS: the chosen few, enough for every pair, or all."""
+    if ops == "layer":
+        yield from layer_variants(list(SHARED_MEMORY), everything=cover == "all")
+        return
     if cover == "first":
         rows: Iterable[tuple] = FIRST
     elif cover == "all":
@@ -116,8 +121,8 @@ def pairwise(columns: list[list]) -> Iterator[tuple]:
         yield best_row
 
 
-def compile_variant(variant: dict) -> list[dict]:
-    """Run both launchers with launching replaced by compiling; one record per kernel."""
+def compile_variant(variant: dict, launch: Callable[[dict], None]) -> list[dict]:
+    """Run launchers with launching replaced by compiling; one record per kernel."""
     compiled = []
     run = JITFunction.run
 
@@ -131,7 +136,7 @@ def compile_variant(variant: dict) -> list[dict]:
     ]
     JITFunction.run = compile_only
     try:
-        launch_both(variant)
+        launch(variant)
     finally:
         JITFunction.run = run
     return [resources(kernel) for kernel in compiled]
@@ -176,6 +181,8 @@ def resources(kernel) -> dict:
 
 def complaints(variant: dict, kernels: list[dict]) -> list[str]:
     """What is wrong with a variant's kernels."""
+    if "head_dim" not in variant:
+        return [f"{kernel['kernel']} spills {kernel['stack']} bytes" for kernel in kernels if kernel["stack"]]
     fast = variant["capability"] in TUNED and variant["head_dim"] in FAST_HEAD_DIMS and variant["dtype"] != "float32"
     fast = fast and variant["bias"] in ("t5", "none") and not (variant["dropout"] or variant["deterministic"])
     found = []
@@ -191,13 +198,15 @@ def main() -> None:
     """Compile, print, and exit with 1 if anything is wrong."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cover", choices=("first", "pairs", "all"), default="pairs")
+    parser.add_argument("--ops", choices=("attention", "layer"), default="attention")
     parser.add_argument("--part", default="0/1", help="i/n: only every n-th variant, from the i-th")
     parser.add_argument("--list", action="store_true", help="print the variants and compile nothing")
     arguments = parser.parse_args()
     i, n = map(int, arguments.part.split("/"))
     wrong = 0
-    for variant in itertools.islice(variants(arguments.cover), i, None, n):
-        kernels = [] if arguments.list else compile_variant(variant)
+    launch = launch_layer if arguments.ops == "layer" else launch_both
+    for variant in itertools.islice(variants(arguments.cover, arguments.ops), i, None, n):
+        kernels = [] if arguments.list else compile_variant(variant, launch)
         found = complaints(variant, kernels)
         wrong += bool(found)
         print(json.dumps({**variant, "kernels": kernels, "wrong": found}), flush=True)

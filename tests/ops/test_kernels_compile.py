@@ -1,4 +1,4 @@
-"""The attention kernels compile for every supported part, within its shared memory, the fast ones without spills."""
+"""The kernels compile for every supported part, within its shared memory, the fast ones without spills."""
 
 import itertools
 import json
@@ -33,6 +33,14 @@ def test_kernels_compile_and_fit(cover):
         if x["wrong"]
     }
     assert not wrong
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="launches go to the GPU that is there")
+@pytest.mark.parametrize("cover", ["first", pytest.param("all", marks=pytest.mark.slow)])
+def test_kernels_of_the_layer_compile_without_spills(cover):
+    compiled = compile_kernels("--ops", "layer", "--cover", cover)
+    assert len(compiled) == {"first": 5, "all": 740}[cover]
+    assert not [x for x in compiled if x["wrong"]]
 
 
 def test_pairs_cover_every_pair():

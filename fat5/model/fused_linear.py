@@ -1,0 +1,48 @@
+"""One matrix product for layers that share their input, where nothing stands between a layer and its weight."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .ops_attention import kernels_serve
+
+
+def fused_linear(hidden_states: torch.Tensor, layers: Sequence[nn.Module]) -> torch.Tensor | None:
+    """`[..., N1 + N2 + ...]`: the outputs of linear layers side by side, from their weights copied into one.
+
+    Args:
+        hidden_states: `[..., D]`.
+        layers: linear layers from D to N1, N2, ... features.
+
+    Returns:
+        The outputs, or None where the layers are to be called one by one: on devices without kernels, where a layer is
+        more than its weight (see `is_plain`), or where there are too few tokens to pay for the copy. The copy moves
+        2 D times the number of features, the one product saves about 4 D (2 D without gradients) times the tokens.
+    """
+    tokens = hidden_states.numel() // hidden_states.shape[-1]
+    if not kernels_serve(hidden_states.device) or not all(is_plain(layer) for layer in layers):
+        return None
+    weights = [layer.weight for layer in layers if isinstance(layer, nn.Linear)]
+    if tokens < sum(weight.shape[0] for weight in weights):
+        return None
+    dtype, device = weights[0].dtype, hidden_states.device
+    if any(weight.dtype != dtype or weight.device != device for weight in weights):
+        return None
+    if torch.is_autocast_enabled(device.type):  # cast before the copy, which is then half as large
+        dtype = torch.get_autocast_dtype(device.type)
+    return F.linear(hidden_states, torch.cat([weight.to(dtype) for weight in weights]))
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether calling a layer is just the product with its weight: no adapter, quantisation, offloading, hook."""
+    return (
+        type(layer) is nn.Linear
+        and layer.bias is None
+        and type(layer.weight) in (nn.Parameter, torch.Tensor)
+        and layer.weight.is_floating_point()
+        and "forward" not in vars(layer)  # accelerate replaces it on the instance
+        and not (layer._forward_hooks or layer._forward_pre_hooks)
+        and not (layer._backward_hooks or layer._backward_pre_hooks)
+    )

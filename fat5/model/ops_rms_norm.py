@@ -1,0 +1,175 @@
+"""RMSNorm of a residual sum, in one pass: the public function, its reference and its operator."""
+
+import torch
+
+from .ops_attention import DTYPES, kernels_serve
+from .ops_philox import draw_seed, elementwise_dropout
+
+try:
+    import triton  # noqa: F401  (named here so that the loader of remote code sees a guarded import)
+
+    from .ops_rms_norm_kernels import MAX_WIDTH, launch_backward, launch_forward
+except ImportError:
+    MAX_WIDTH = 0
+
+
+def add_rms_norm(
+    hidden_states: torch.Tensor,
+    branch: torch.Tensor | None,
+    weight: torch.Tensor,
+    eps: float,
+    *,
+    dropout_p: float = 0.0,
+    seed: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`total = hidden_states + dropout(branch)`, and `total / rms(total) * weight`.
+
+    Statistics are fp32, sums over a row are fp32. A total in fp16 is kept within fp16's range.
+
+    Args:
+        hidden_states: the residual stream, `[..., D]`, any strides.
+        branch: what a sub-layer adds to it, `[..., D]`; None for the norm alone.
+        weight: `[D]`.
+        eps: added to the mean square.
+        dropout_p: probability of dropping an element of `branch`.
+        seed: of the dropout, int64 `[1]`; drawn from torch's generator when left out. What is dropped depends on it,
+            row and column alone.
+        out_dtype: of the normalised rows; None for the weight's.
+
+    Returns:
+        The normalised rows `[..., D]`, and the total `[..., D]` in the wider dtype of the two: the hidden states
+        themselves where there is no branch.
+
+    Raises:
+        ValueError: shapes that do not fit together, or a probability outside [0, 1).
+
+    Source: Zhang & Sennrich 2019 (arXiv:1910.07467).
+    """
+    _check(hidden_states, branch, weight, dropout_p)
+    out_dtype = weight.dtype if out_dtype is None else out_dtype
+    if branch is None:
+        dropout_p = 0.0
+    if seed is None:
+        seed = draw_seed(dropout_p, hidden_states.device)
+    tensors = (hidden_states, weight) if branch is None else (hidden_states, branch, weight)
+    served = weight.numel() <= MAX_WIDTH and out_dtype in DTYPES and all(x.dtype in DTYPES for x in tensors)
+    if not (served and kernels_serve(hidden_states.device)):
+        return reference_add_rms_norm(hidden_states, branch, weight, eps, dropout_p, seed, out_dtype)
+    out, total, _ = torch.ops.fat5.rms_norm_forward(hidden_states, branch, weight, seed, eps, dropout_p, out_dtype)
+    return out, hidden_states if branch is None else total
+
+
+def reference_add_rms_norm(
+    hidden_states: torch.Tensor,
+    branch: torch.Tensor | None,
+    weight: torch.Tensor,
+    eps: float,
+    dropout_p: float,
+    seed: torch.Tensor | None,
+    out_dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same in plain torch, rounded where stock T5 rounds. Differentiable by autograd."""
+    if branch is not None:
+        if dropout_p > 0 and seed is not None:
+            branch = elementwise_dropout(branch, dropout_p, seed)
+        hidden_states = hidden_states + branch
+        if hidden_states.dtype == torch.float16:
+            largest = torch.finfo(torch.float16).max
+            hidden_states = hidden_states.clamp(min=-largest, max=largest)
+    wide = torch.promote_types(hidden_states.dtype, torch.float32)
+    normed = hidden_states * torch.rsqrt(hidden_states.to(wide).square().mean(-1, keepdim=True) + eps)
+    if out_dtype in (torch.float16, torch.bfloat16):
+        normed = normed.to(out_dtype)
+    return (weight.to(normed.dtype) * normed).to(out_dtype), hidden_states
+
+
+def _check(hidden: torch.Tensor, branch: torch.Tensor | None, weight: torch.Tensor, dropout_p: float) -> None:
+    if hidden.dim() == 0 or weight.shape != hidden.shape[-1:] or hidden.shape[-1] == 0:
+        raise ValueError(f"hidden states {list(hidden.shape)} need a weight [D] of their width: {list(weight.shape)}")
+    if branch is not None and branch.shape != hidden.shape:
+        raise ValueError(f"branch {list(branch.shape)} and hidden states {list(hidden.shape)} must agree in shape")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p must be at least 0 and below 1: got {dropout_p}")
+
+
+@torch.library.custom_op("fat5::rms_norm_forward", mutates_args=())
+def rms_norm_forward(
+    hidden: torch.Tensor,
+    branch: torch.Tensor | None,
+    weight: torch.Tensor,
+    seed: torch.Tensor | None,
+    eps: float,
+    dropout_p: float,
+    out_dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Normalised rows, their total (empty without a branch) and inverse root mean squares, fp32 `[rows]`."""
+    branch = None if branch is None else branch.contiguous()
+    return launch_forward(hidden.contiguous(), branch, weight.contiguous(), eps, dropout_p, seed, out_dtype)
+
+
+@rms_norm_forward.register_fake
+def _forward_shapes(hidden, branch, weight, seed, eps, dropout_p, out_dtype):  # type: ignore[no-untyped-def]
+    total = hidden.new_empty(0)
+    if branch is not None:
+        total = hidden.new_empty(hidden.shape, dtype=torch.promote_types(hidden.dtype, branch.dtype))
+    rows = hidden.numel() // hidden.shape[-1]
+    return hidden.new_empty(hidden.shape, dtype=out_dtype), total, hidden.new_empty(rows, dtype=torch.float32)
+
+
+@torch.library.custom_op("fat5::rms_norm_backward", mutates_args=())
+def rms_norm_backward(
+    dout: torch.Tensor,
+    dtotal: torch.Tensor | None,
+    total: torch.Tensor,
+    weight: torch.Tensor,
+    rstd: torch.Tensor,
+    seed: torch.Tensor | None,
+    dropout_p: float,
+    hidden_dtype: torch.dtype,
+    branch_dtype: torch.dtype | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of hidden states, branch (empty where it is the same) and weight."""
+    dtotal = None if dtotal is None else dtotal.contiguous()
+    return launch_backward(
+        dout.contiguous(), dtotal, total.contiguous(), weight.contiguous(), rstd, dropout_p, seed, hidden_dtype,
+        branch_dtype,
+    )  # fmt: skip
+
+
+@rms_norm_backward.register_fake
+def _backward_shapes(  # type: ignore[no-untyped-def]  # as long as the operator's own
+    dout, dtotal, total, weight, rstd, seed, dropout_p, hidden_dtype, branch_dtype
+):
+    dhidden = total.new_empty(total.shape, dtype=hidden_dtype)
+    same = branch_dtype is None or (branch_dtype == hidden_dtype and dropout_p == 0)
+    dbranch = total.new_empty(0 if same else total.shape, dtype=hidden_dtype if same else branch_dtype)
+    return dhidden, dbranch, weight.new_empty(weight.shape)
+
+
+def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]  # torch's own context object
+    hidden, branch, weight, seed, _, ctx.dropout_p, _ = inputs
+    _, total, rstd = output
+    ctx.dtypes = hidden.dtype, None if branch is None else branch.dtype
+    ctx.save_for_backward(hidden if branch is None else total, weight, rstd, seed)
+    ctx.set_materialize_grads(False)  # of a total that nothing else uses there is no gradient to read
+
+
+def _backward(ctx, dout, dtotal, _drstd):  # type: ignore[no-untyped-def]  # as above
+    total, weight, rstd, seed = ctx.saved_tensors
+    hidden_dtype, branch_dtype = ctx.dtypes
+    if dout is None:
+        dout = torch.zeros_like(total)
+    if branch_dtype is None:
+        dtotal = None
+    dhidden, dbranch, dweight = torch.ops.fat5.rms_norm_backward(
+        dout, dtotal, total, weight, rstd, seed, ctx.dropout_p, hidden_dtype, branch_dtype
+    )
+    if branch_dtype is None:
+        dbranch = None
+    elif dbranch.numel() == 0:
+        dbranch = dhidden
+    return dhidden, dbranch, dweight, None, None, None, None
+
+
+rms_norm_forward.register_autograd(_backward, setup_context=_save_for_backward)

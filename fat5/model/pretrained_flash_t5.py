@@ -1,0 +1,94 @@
+"""What all FlashT5 models share."""
+
+import os
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from .attention import ATTENTION_FUNCTIONS
+from .configuration_flash_t5 import FlashT5Config
+from .layers_flash_t5 import FlashT5LayerNorm
+from .runtime_files import copy_runtime_files
+from .stack_flash_t5 import FlashT5Stack
+
+REPEATED_EMBEDDINGS = [r"^(en|de)coder\.embed_tokens\.weight$"]
+"""Other tools' files may repeat the embedding, which is `shared` here, under these names."""
+
+
+class FlashT5PreTrainedModel(PreTrainedModel):
+    """What all FlashT5 models share: loading, saving, initialisation."""
+
+    shared: nn.Module
+    encoder: FlashT5Stack
+    config_class = FlashT5Config
+    base_model_prefix = "transformer"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = True
+    _supports_sdpa = True
+    _can_compile_fullgraph = True
+    _no_split_modules = ["FlashT5Block"]  # noqa: RUF012 (declared without ClassVar in transformers)
+    _keep_in_fp32_modules = ["wo"]  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = REPEATED_EMBEDDINGS
+
+    def embed(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None = None) -> torch.Tensor:
+        """Embeddings `[B, L, D]` of ids `[B, L]`, or those given in their place.
+
+        Raises:
+            ValueError: unless exactly one of the two is given.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError(
+                "Give exactly one of `input_ids` and `inputs_embeds`, and to a model with a decoder exactly one of "
+                "`decoder_input_ids` and `decoder_inputs_embeds`, or `labels`."
+            )
+        return self.shared(input_ids) if inputs_embeds is None else inputs_embeds
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The embedding that encoder and decoder share."""
+        return self.shared
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the embedding of encoder and decoder."""
+        self.shared = value
+
+    def get_encoder(self, modality: str | None = None) -> nn.Module:
+        """The encoder, whatever the modality."""
+        return self.encoder
+
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        """The implementation that a request stands for, "sdpa" where there is none.
+
+        "fat5" is resolved call by call: the kernels on the devices that have them, sdpa on others.
+
+        Raises:
+            ValueError: if FlashT5 has no such implementation.
+        """
+        implementation = "sdpa" if requested_attention is None else requested_attention
+        if implementation not in ATTENTION_FUNCTIONS:
+            reason = "cannot add T5's position bias" if "flash" in implementation else "does not exist here"
+            raise ValueError(
+                f"attn_implementation={implementation!r} {reason}: FlashT5 runs on {', '.join(ATTENTION_FUNCTIONS)}."
+            )
+        return implementation
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """Save as in transformers, and always with the code files that the saved `auto_map` names."""
+        if kwargs.get("is_main_process", args[0] if args else True):
+            copy_runtime_files(save_directory)
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """T5's initialisation (Mesh TensorFlow's, as in `transformers`), scaled by `initializer_factor`.
+
+        Layers carry their standard deviation as `init_std`, without which it is 1 (embedding and head), because
+        transformers 5 calls this only on modules that own parameters. It guards `torch.nn.init` against overwriting
+        loaded weights.
+        """
+        factor = self.config.initializer_factor
+        if isinstance(module, FlashT5LayerNorm):
+            nn.init.constant_(module.weight, factor)
+        elif isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=factor * getattr(module, "init_std", 1.0))

@@ -1,0 +1,196 @@
+"""A model with norm, activation and loss as kernels equals itself without: loss, every gradient, whatever wraps it.
+
+Without a GPU the tests that need kernels run in a process that interprets them.
+"""
+
+import pytest
+import torch
+from interpreter import DEVICE, INTERPRETED, needs_kernels, run_interpreted, serve_layers
+from model_parity import batch, build_flash, build_stock, relative_error
+from peft import LoraConfig, get_peft_model
+from torch.nn import functional as F
+
+import fat5.model.layers_flash_t5
+import fat5.model.modeling_flash_t5
+from fat5.model import fused_linear as fused_linear_module
+
+SHAPE = {"num_layers": 1, "num_heads": 2, "vocab_size": 99}
+TOKENS = (4, 3, 2) if INTERPRETED else (61, 37, 3)
+
+
+def test_in_the_interpreter():
+    run_interpreted(__file__)
+
+
+@pytest.fixture
+def kernels():
+    """Whether the layer's kernels run can be said in a test; afterwards all is as before."""
+    yield serve_layers
+    serve_layers(not INTERPRETED)
+
+
+def build(family="t5_v1_1", **overrides):
+    stock = build_stock(family, **{**SHAPE, **overrides})
+    return build_flash(family, stock, "sdpa", **{**SHAPE, **overrides}).to(DEVICE)
+
+
+def inputs_of(padding="right"):
+    inputs = batch(padding, *TOKENS)
+    inputs["labels"][:, ::3] = -100
+    return {name: x.to(DEVICE) for name, x in inputs.items() if "mask" not in name and "decoder_input" not in name}
+
+
+def loss_and_gradients(model, **inputs):
+    model.zero_grad()
+    output = model(**inputs)
+    output.loss.backward()
+    return output, {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def assert_alike(model, inputs, kernels, limit=2e-5):
+    """Loss and gradients in training with the kernels and without."""
+    model.train()
+    kernels(False)
+    expected, gradients = loss_and_gradients(model, **inputs)
+    kernels(True)
+    output, fused = loss_and_gradients(model, **inputs)
+    assert expected.logits is not None
+    assert output.logits is None, "the loss was not fused"
+    assert relative_error(output.loss, expected.loss) < limit
+    assert gradients.keys() == fused.keys()
+    for name, gradient in gradients.items():
+        assert relative_error(fused[name], gradient) < limit, name
+
+
+@needs_kernels
+@pytest.mark.parametrize("family", ["t5", "t5_v1_1"])
+def test_loss_and_gradients(family, kernels):
+    assert_alike(build(family), inputs_of(), kernels)
+
+
+@needs_kernels
+def test_one_product_for_both_projections(kernels, monkeypatch):
+    joined = []
+
+    def count(*arguments):
+        joined.append(fused_linear_module.fused_linear(*arguments))
+        return joined[-1]
+
+    monkeypatch.setattr(fat5.model.layers_flash_t5, "fused_linear", count)
+    assert_alike(build(d_ff=3), inputs_of(), kernels)
+    assert [x is not None for x in joined] == [False, False, True, True], "with enough tokens, and with kernels"
+
+
+@needs_kernels
+@pytest.mark.parametrize("target", ["wi_0", "lm_head"])
+def test_adapters_are_called(target, kernels):
+    kernels(True)
+    model, inputs = build(d_ff=3), inputs_of()
+    adapted = get_peft_model(model, LoraConfig(target_modules=[target], r=2, task_type="SEQ_2_SEQ_LM")).train()
+    before, _ = loss_and_gradients(adapted, **inputs)
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if "lora_B" in name:
+                weight.normal_()
+    after, gradients = loss_and_gradients(adapted, **inputs)
+    assert relative_error(after.loss, before.loss) > 1e-3
+    assert (after.logits is not None) == (target == "lm_head")
+    assert all(gradient.any() for name, gradient in gradients.items() if "lora" in name)
+
+
+@needs_kernels
+def test_checkpointing_recomputes_the_same(kernels):
+    """Dropout included: against layers that run as when checkpointed, but are kept."""
+    kernels(True)
+    model, inputs = build(dropout_rate=0.3).train(), inputs_of()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    torch.manual_seed(7)
+    _, recomputed = loss_and_gradients(model, **inputs)
+    for block in (*model.encoder.block, *model.decoder.block):
+        block._gradient_checkpointing_func = lambda function, *arguments: function(*arguments)
+    torch.manual_seed(7)
+    _, kept = loss_and_gradients(model, **inputs)
+    for name, gradient in kept.items():
+        assert relative_error(recomputed[name], gradient) < 2e-5, name
+
+
+@needs_kernels
+def test_micro_batches_add_up(kernels):
+    kernels(True)
+    model, inputs = build().train(), inputs_of()
+    _, whole = loss_and_gradients(model, **inputs)
+    items = (inputs["labels"] != -100).sum()
+    model.zero_grad()
+    for rows in (slice(0, 1), slice(1, None)):
+        model(**{name: x[rows] for name, x in inputs.items()}, num_items_in_batch=items).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert relative_error(parameter.grad, whole[name]) < 2e-5, name
+
+
+@needs_kernels
+def test_logits_are_there_outside_training(kernels):
+    kernels(True)
+    model, inputs = build().eval(), inputs_of()
+    with torch.no_grad():
+        output = model(**inputs)
+        assert output.logits.shape == (TOKENS[2], TOKENS[1], 99)
+        expected = F.cross_entropy(output.logits.float().flatten(0, 1), inputs["labels"].flatten())
+        assert relative_error(output.loss, expected) < 1e-5
+        assert model.train()(**inputs).logits is None
+        del inputs["labels"]
+        assert model(**inputs, decoder_input_ids=inputs["input_ids"]).logits is not None
+
+
+@needs_kernels
+def test_hidden_states_are_sums(kernels):
+    model, inputs = build(num_layers=2).eval(), inputs_of()
+    states = []
+    for serve in (False, True):
+        kernels(serve)
+        with torch.no_grad():
+            states.append(model.encoder(inputs["input_ids"], output_hidden_states=True).hidden_states)
+    for got, expected in zip(*states, strict=True):
+        assert relative_error(got, expected) < 1e-5
+
+
+@pytest.mark.skipif(INTERPRETED, reason="real widths")
+def test_residual_in_fp32_tracks_fp32():
+    """Encoder outputs at the shape of flan-t5-small: bf16's error at every quantile well below stock's."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    shape = {"vocab_size": 99, "d_model": 512, "d_kv": 64, "d_ff": 1024, "num_layers": 8, "num_heads": 6}
+    stock = build_stock("t5_v1_1", **shape, num_decoder_layers=1).to(device)
+    with torch.no_grad():
+        for name, weight in stock.named_parameters():  # as T5 is initialised, and exact in bf16
+            if weight.ndim == 2 and "relative" not in name and "shared" not in name:
+                weight.normal_(0, weight.shape[1] ** -0.5 * (0.125 if ".q." in name else 1))
+            weight.copy_(weight.bfloat16().float())
+    flash = build_flash("t5_v1_1", stock, **shape, num_decoder_layers=1).to(device)
+    ids = torch.randint(99, (2, 64), device=device)
+    with torch.no_grad():
+        exact = stock.encoder(ids).last_hidden_state
+        states = [model.bfloat16().encoder(ids).last_hidden_state for model in (stock, flash)]
+    assert states[1].dtype == torch.bfloat16
+    errors = [(x.float() - exact).abs().flatten() for x in states]
+    for quantile in (0.5, 0.9, 0.99, 0.999, 0.9999):
+        assert errors[1].quantile(quantile) < 0.75 * errors[0].quantile(quantile)
+
+
+@needs_kernels
+def test_autocast(kernels):
+    """Errors against fp32 at most twice those without the kernels."""
+    model, inputs = build().train(), inputs_of()
+    kernels(True)
+    _, exact = loss_and_gradients(model, **inputs)
+    found = []
+    for serve in (False, True):
+        kernels(serve)
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            output = model(**inputs)
+        model.zero_grad()
+        output.loss.backward()
+        assert output.loss.dtype == torch.float32
+        found.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, gradient in exact.items():
+        plain, fused = ((x[name] - gradient).norm() for x in found)
+        assert found[1][name].dtype == torch.float32
+        assert fused <= 2 * plain + 0.01 * gradient.norm(), name

@@ -1,0 +1,266 @@
+"""Stacks that run on the real tokens alone equal padded ones on eager: logits, gradients, hidden states, decoding.
+
+The attention operator is torch's reference here, as on any CPU; `test_fused_attention.py` runs the same on the kernels.
+"""
+
+import pytest
+import torch
+from model_parity import batch, build_flash, build_stock, relative_error
+
+import fat5.model.attention_mask
+import fat5.model.packed_stack
+from fat5.model import FlashT5EncoderModel
+from fat5.model.packed_inputs import Segments, read_segments, require_a_pair, shift_right, until_last_label
+
+
+@pytest.fixture(autouse=True)
+def kernels(monkeypatch):
+    monkeypatch.setattr(fat5.model.attention_mask, "kernels_serve", lambda _: True)
+
+
+def pair(family="t5", **overrides):
+    stock = build_stock(family, **overrides)
+    return [build_flash(family, stock, name, **overrides) for name in ("eager", "fat5")]
+
+
+def masked(kind):
+    """A batch, and the number of its tokens that are real: (encoder, decoder)."""
+    padding = kind if kind in ("left", "right") else "right" if kind == "labels" else "none"
+    inputs = batch(padding, 21, 13)
+    if kind == "holes":
+        inputs["attention_mask"] = (torch.rand(3, 21, generator=torch.Generator().manual_seed(1)) < 0.7).long()
+    if kind == "encoder":
+        inputs["attention_mask"][1, 4:] = 0
+        del inputs["decoder_attention_mask"]
+    if kind == "labels":  # as from a collator: what is behind the last label is all that tells padding
+        del inputs["decoder_input_ids"], inputs["decoder_attention_mask"]
+        inputs["labels"][0, 2] = -100  # but this is in the middle, and its successors look back at it
+    if kind == "none":
+        del inputs["attention_mask"], inputs["decoder_attention_mask"]
+    if kind == "segments":
+        del inputs["attention_mask"], inputs["decoder_attention_mask"]
+        for side, name in (("encoder", "input_ids"), ("decoder", "labels")):
+            ids = torch.ones_like(inputs[name])
+            ids[:, 5:], ids[:, 9:], ids[1:, 12:] = 2, 3, 0
+            inputs[f"{side}_segment_ids"] = ids
+        inputs["labels"][inputs["decoder_segment_ids"] == 0] = -100
+        del inputs["decoder_input_ids"]
+    if kind == "stream":
+        lengths = {"encoder": [4, 9, 1, 8], "decoder": [3, 6, 2, 5]}
+        inputs = {
+            "input_ids": torch.randint(2, 99, (1, 22)),
+            "labels": torch.randint(2, 99, (1, 16)),
+        }
+        for side, its in lengths.items():
+            inputs[f"{side}_cu_seqlens"] = torch.tensor([0, *its]).cumsum(0)
+            inputs[f"{side}_max_length"] = max(its)
+    padded = 3 * 21, 3 * 13
+    real = {
+        "right": (63 - 21, 39 - 15), "left": (63 - 21, 39 - 15), "labels": (63 - 21, 39 - 15), "encoder": (63 - 17, 39),
+        "segments": (21 + 24, 13 + 24), "stream": (22, 16), "none": padded,
+        "holes": (63, 39),
+    }  # fmt: skip
+    return inputs, real[kind]
+
+
+def tokens_of(model):
+    """Count the tokens that go through the feed-forward layers of a call: (encoder's, decoder's)."""
+    seen = {}
+    for name in ("encoder", "decoder"):
+        for block in getattr(model, name).block:
+            block.ff_layer.wo.register_forward_hook(
+                lambda _, arguments, __, name=name: seen.update({name: arguments[0].shape[:-1].numel()})
+            )
+    return seen
+
+
+def gradients(model, inputs):
+    model.zero_grad()
+    output = model(**inputs, output_hidden_states=True)
+    output.loss.backward()
+    return output, {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def real_tokens(inputs):
+    """Bool masks of the encoder's and the decoder's real tokens."""
+    if "encoder_segment_ids" in inputs:
+        return inputs["encoder_segment_ids"] > 0, inputs["decoder_segment_ids"] > 0
+    source, target = inputs["input_ids"], inputs["labels"]
+    encoder = inputs.get("attention_mask", torch.ones_like(source)).bool()
+    return encoder, inputs["decoder_attention_mask"].bool() if "decoder_attention_mask" in inputs else (
+        until_last_label(target) if "decoder_input_ids" not in inputs else torch.ones_like(target).bool()
+    )
+
+
+@pytest.mark.parametrize("family", ["t5", "umt5"])
+@pytest.mark.parametrize("kind", ["none", "right", "left", "labels", "encoder", "segments", "stream", "holes"])
+def test_a_stack_without_padding_computes_the_same(family, kind):
+    eager, fused = pair(family)
+    inputs, real = masked(kind)
+    seen = tokens_of(fused)
+    (output, grads), (expected, expected_grads) = gradients(fused, inputs), gradients(eager, inputs)
+    assert (seen["encoder"], seen["decoder"]) == real
+    assert output.loss.item() == pytest.approx(expected.loss.item(), rel=1e-6)
+    encoder, decoder = real_tokens(inputs)
+    assert relative_error(output.logits[decoder], expected.logits[decoder]) < 1e-5
+    for states, its, mask in (
+        (output.encoder_hidden_states, expected.encoder_hidden_states, encoder),
+        (output.decoder_hidden_states, expected.decoder_hidden_states, decoder),
+    ):
+        assert len(states) == len(its) == 3
+        for one, two in zip(states, its, strict=True):
+            assert one.shape == two.shape
+            assert relative_error(one[mask], two[mask]) < 1e-5
+            if kind != "holes":
+                assert one[~mask].abs().sum() == 0
+    for name, gradient in expected_grads.items():
+        assert relative_error(grads[name], gradient) < 1e-5, name
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa", "fat5"])
+def test_a_stream_computes_what_its_examples_do_one_by_one(implementation):
+    model = build_flash("t5_v1_1", build_stock("t5_v1_1"), implementation)
+    inputs, _ = masked("stream")
+    _, grads = gradients(model, inputs)
+    grads = {name: gradient.clone() for name, gradient in grads.items()}
+    stream_loss = model(**inputs).loss
+    model.zero_grad()
+    total = 0.0
+    sides = [inputs[x][0].split(inputs[f"{s}_cu_seqlens"].diff().tolist()) for x, s in
+             (("input_ids", "encoder"), ("labels", "decoder"))]  # fmt: skip
+    for source, target in zip(*sides, strict=True):
+        loss = model(input_ids=source[None], labels=target[None]).loss * len(target) / 16
+        loss.backward()
+        total += loss.item()
+    assert stream_loss.item() == pytest.approx(total, rel=1e-5)
+    for name, parameter in model.named_parameters():
+        assert relative_error(grads[name], parameter.grad) < 1e-5, name
+    without = {name: value for name, value in inputs.items() if "max_length" not in name}
+    assert model(**without).loss.item() == stream_loss.item()
+
+
+def test_a_stream_may_hold_examples_without_tokens_on_one_side():
+    eager, fused = pair()
+    inputs, _ = masked("stream")
+    inputs["encoder_cu_seqlens"] = torch.tensor([0, 0, 13, 14, 22])
+    inputs["encoder_max_length"] = 13
+    (output, grads), (expected, expected_grads) = gradients(fused, inputs), gradients(eager, inputs)
+    assert relative_error(output.logits, expected.logits) < 1e-5
+    assert all(relative_error(grads[name], gradient) < 1e-5 for name, gradient in expected_grads.items())
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "fat5"])
+def test_an_encoder_alone_takes_streams(implementation):
+    _, model = pair()
+    encoder = FlashT5EncoderModel(model.config).eval()
+    encoder.load_state_dict({k: v for k, v in model.state_dict().items() if k.startswith(("encoder", "shared"))})
+    encoder.set_attn_implementation(implementation)
+    inputs, _ = masked("stream")
+    output = encoder(inputs["input_ids"], encoder_cu_seqlens=inputs["encoder_cu_seqlens"], encoder_max_length=9)
+    alone = encoder(inputs["input_ids"][:, 4:13]).last_hidden_state
+    assert relative_error(output.last_hidden_state[:, 4:13], alone) < 1e-5
+
+
+@pytest.mark.parametrize("side", ["left", "right", "none"])
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"num_beams": 1}])
+def test_generation_from_padded_prompts(side, options):
+    """A prompt in the decoder fills the cache from a packed stack; beams reorder its rows."""
+    eager, fused = pair("t5_v1_1")
+    inputs = batch(side, 21, 5) if side != "right" else batch("right", 21, 13)
+    given = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    if side == "left":
+        given |= {name: inputs[name] for name in ("decoder_input_ids", "decoder_attention_mask")}
+        given["decoder_attention_mask"][1] = 1
+        given["decoder_attention_mask"][2, :] = torch.tensor([0, 1, 1, 1, 1])
+        given["decoder_input_ids"][:, 0] = 0
+    seen = tokens_of(fused)
+    options = {**options, "max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    assert torch.equal(fused.generate(**given, **options), eager.generate(**given, **options))
+    assert seen["encoder"] == inputs["attention_mask"].sum()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_cache_filled_by_a_packed_prompt_can_be_continued(side):
+    eager, fused = pair()
+    inputs = batch(side, 21, 13)
+    given = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    ids, mask = inputs["decoder_input_ids"], inputs["decoder_attention_mask"]
+    results = []
+    for model in (eager, fused):
+        with torch.no_grad():
+            first = model(**given, decoder_input_ids=ids, decoder_attention_mask=mask, use_cache=True)
+            more = {"decoder_attention_mask": torch.cat([mask, torch.ones(3, 2).long()], 1)}
+            then = model(**given, decoder_input_ids=ids[:, :2], past_key_values=first.past_key_values, **more)
+        results.append(then.logits)
+    assert relative_error(*reversed(results)) < 1e-5
+
+
+def test_compiled_and_captured_graphs_stay_padded(monkeypatch):
+    """Only a stream stays packed there, as it needs no look at a mask."""
+    _, fused = pair()
+    seen = tokens_of(fused)
+    monkeypatch.setattr(fat5.model.packed_stack, "host_may_look", lambda _: False)
+    for kind, expected in (("right", (63, 39)), ("segments", (63, 39)), ("stream", (22, 16))):
+        fused(**masked(kind)[0])
+        assert (seen["encoder"], seen["decoder"]) == expected
+
+
+@pytest.mark.parametrize("kind", ["right", "segments", "stream"])
+def test_gradient_checkpointing(kind):
+    eager, fused = pair()
+    fused.train().gradient_checkpointing_enable()
+    inputs, _ = masked(kind)
+    (_, grads), (_, expected) = gradients(fused, inputs), gradients(eager, inputs)
+    assert all(relative_error(grads[name], gradient) < 1e-5 for name, gradient in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"decoder_cu_seqlens": None, "decoder_max_length": None}, "Give segments of encoder and decoder"),
+        ({"encoder_segment_ids": torch.ones(1, 22)}, "`encoder_segment_ids` or `encoder_cu_seqlens`, not both"),
+        ({"encoder_cu_seqlens": None}, "`encoder_max_length` goes with `encoder_cu_seqlens`"),
+        ({"attention_mask": torch.ones(1, 22)}, "leave the encoder's attention mask out"),
+        ({"decoder_cu_seqlens": torch.tensor([0, 3, 16]), "decoder_max_length": 13}, "has 4 segments and the decoder"),
+        ({"encoder_cu_seqlens": torch.tensor([0, 4, 13, 14, 21])}, "must rise from 0 to the 22 tokens"),
+        ({"encoder_cu_seqlens": torch.tensor([0, 13, 4, 14, 22])}, "must rise from 0 to the 22 tokens"),
+        ({"encoder_cu_seqlens": torch.tensor([1, 4, 13, 14, 22])}, "must rise from 0 to the 22 tokens"),
+        ({"encoder_max_length": 8}, "by at most `encoder_max_length` 8 at a time"),
+        ({"input_ids": torch.ones(2, 11).long()}, r"beside a single row of tokens \[1, T\]"),
+        ({"decoder_cu_seqlens": torch.tensor([0.0, 3, 9, 11, 16])}, "must be ints"),
+    ],
+)
+def test_streams_that_do_not_fit_are_refused(changes, message):
+    eager, _ = pair(num_layers=1)
+    inputs = {**masked("stream")[0], **changes}
+    with pytest.raises(ValueError, match=message):
+        eager(**{name: value for name, value in inputs.items() if value is not None})
+
+
+def test_segments_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match=r"`decoder_segment_ids` must be \[2, 3\], got \[2, 4\]"):
+        read_segments("decoder", torch.Size([2, 3]), None, torch.ones(2, 4), None, None)
+    rows = Segments((1, 3), row_ids=torch.ones(1, 3))
+    with pytest.raises(ValueError, match="give both sides in the same form"):
+        require_a_pair(rows, Segments((1, 3), cu_seqlens=torch.tensor([0, 3]), longest=3))
+
+
+def test_generate_refuses_streams():
+    eager, _ = pair(num_layers=1)
+    inputs, _ = masked("stream")
+    del inputs["labels"]
+    with pytest.raises(ValueError, match="give it unpacked inputs"):
+        eager.generate(**inputs)
+
+
+def test_labels_are_shifted_within_the_examples_of_a_stream():
+    segments = read_segments("decoder", torch.Size([1, 6]), None, None, torch.tensor([0, 3, 3, 5, 6]), 3)
+    assert segments.ids.tolist() == [[1, 1, 1, 3, 3, 4]]
+    assert shift_right(torch.tensor([[11, 12, 13, 21, -100, 31]]), segments.ids, 7, 0).tolist() == [
+        [7, 11, 12, 7, 21, 7]
+    ]
+
+
+def test_what_is_behind_the_last_label_is_padding():
+    labels = torch.tensor([[-100, 5, -100, 6, -100], [-100] * 5, [1] * 5])
+    assert until_last_label(labels).int().tolist() == [[1, 1, 1, 1, 0], [0] * 5, [1] * 5]

@@ -1,0 +1,84 @@
+"""Launches of the kernels of norm, activation and loss, for `compile_kernels.py`: on CPU tensors, never computed."""
+
+import itertools
+from collections.abc import Iterator
+
+import torch
+
+from fat5.model import ops_cross_entropy_kernels as cross_entropy
+from fat5.model import ops_gated_act_kernels as gated_act
+from fat5.model import ops_rms_norm_kernels as rms_norm
+from fat5.model.ops_cross_entropy import new_rows
+
+OPTIONS = {
+    "norm": {
+        "width": [128, 768, 1000, 4096, 8192],
+        "dtype": ["bfloat16", "float32"],
+        "residual": ["none", "same", "float32"],
+        "dropout": [False, True],
+    },
+    "activation": {
+        "width": [1000, 2816],
+        "dtype": ["bfloat16", "float32"],
+        "act": [0, 1, 2, 3],
+        "gated": [False, True],
+        "dropout": [False, True],
+    },
+    "loss": {
+        "width": [999, 32128, 250112],
+        "dtype": ["bfloat16", "float32"],
+        "smoothing": [False, True],
+        "gradient": [False, True],
+    },
+}
+FIRST = [
+    {"capability": 90, "op": "norm", "width": 768, "dtype": "bfloat16", "residual": "same", "dropout": True},
+    {"capability": 80, "op": "norm", "width": 8192, "dtype": "bfloat16", "residual": "float32", "dropout": False},
+    {
+        "capability": 90,
+        "op": "activation",
+        "width": 2048,
+        "dtype": "bfloat16",
+        "act": 0,
+        "gated": True,
+        "dropout": True,
+    },
+    {"capability": 90, "op": "loss", "width": 32128, "dtype": "bfloat16", "smoothing": False, "gradient": True},
+    {"capability": 80, "op": "loss", "width": 250112, "dtype": "bfloat16", "smoothing": True, "gradient": True},
+]
+
+
+def layer_variants(capabilities: list[int], everything: bool) -> Iterator[dict]:
+    """Every combination of options for every part, or a few of them."""
+    if not everything:
+        yield from FIRST
+        return
+    for (op, options), capability in itertools.product(OPTIONS.items(), capabilities):
+        for values in itertools.product(*options.values()):
+            yield {"capability": capability, "op": op, **dict(zip(options, values, strict=True))}
+
+
+def launch_layer(variant: dict) -> None:
+    """Forward and backward of a variant."""
+    dtype, width = getattr(torch, variant["dtype"]), variant["width"]
+    p = 0.1 if variant.get("dropout") else 0.0
+    seed = torch.zeros(1, dtype=torch.int64)
+    x = torch.zeros(8, width, dtype=dtype)
+    if variant["op"] == "norm":
+        kind, weight = variant["residual"], torch.zeros(width, dtype=dtype)
+        hidden = x.float() if kind == "float32" else x
+        branch = None if kind == "none" else x
+        _, total, rstd = rms_norm.launch_forward(hidden, branch, weight, 1e-6, p, seed, dtype)
+        total = hidden if branch is None else total
+        rms_norm.launch_backward(
+            x, branch, total, weight, rstd, p, seed, hidden.dtype, None if branch is None else dtype
+        )
+    elif variant["op"] == "activation":
+        up = x if variant["gated"] else None
+        gated_act.launch_forward(x, up, variant["act"], p, seed)
+        gated_act.launch_backward(x, x, up, x, up, variant["act"], p, seed)
+    else:
+        labels, rows = torch.zeros(8, dtype=torch.int64), new_rows(x, 8)
+        smoothing = 0.1 if variant["smoothing"] else 0.0
+        cross_entropy.launch_loss(x, labels, rows, -100, 1e-4, smoothing, 1.0 if variant["gradient"] else None)
+        cross_entropy.launch_gradient(x, labels, rows.lse, rows.loss, x, -100, 1e-4, smoothing)

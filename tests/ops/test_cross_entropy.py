@@ -1,0 +1,249 @@
+"""Cross-entropy, on logits and from hidden states, against its formula in fp64."""
+
+import pytest
+import torch
+from layer_oracle import OPCHECKS, check, poison
+from torch.nn import functional as F
+
+from fat5.model import ops_cross_entropy, ops_linear_cross_entropy
+from fat5.model.ops_cross_entropy import cross_entropy
+from fat5.model.ops_linear_cross_entropy import linear_cross_entropy
+
+
+def formula(logits, labels, z_loss=0.0, label_smoothing=0.0, reduction="mean", num_items=None):
+    """Loss, z-loss and accuracy, the softmax in fp32 or better, written out term by term."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    counts = labels != -100
+    lse = logits.logsumexp(-1)
+    target = logits.gather(-1, labels.where(counts, 0).unsqueeze(-1)).squeeze(-1)
+    loss = lse - (1 - label_smoothing) * target - label_smoothing * logits.mean(-1)
+    z, right = z_loss * lse.square(), target >= logits.amax(-1)
+    loss, z, right = (torch.where(counts, x, 0.0) for x in (loss + z, z, right))
+    total = counts.sum().clamp(min=1)
+    if reduction == "none":
+        return loss, z.detach(), right
+    divisor = (total if num_items is None else num_items) if reduction == "mean" else 1
+    return loss.sum() / divisor, z.sum().detach() / divisor, right.sum() / total
+
+
+def labels_for(device, tokens, vocab, ignored=True):
+    labels = torch.randint(vocab, (tokens,), device=device)
+    if ignored:
+        labels[1::3] = -100
+    return labels
+
+
+def check_both(device, tokens, width, vocab, dtype, logit_scale=1.0, labels=None, **options):
+    """The two operators on one problem, every output and gradient."""
+    labels = labels_for(device, tokens, vocab, tokens > 1) if labels is None else labels
+    hidden = torch.randn(tokens, width, device=device).to(dtype)
+    weight = torch.randn(vocab, width, device=device).to(dtype)
+    check(
+        lambda x: linear_cross_entropy(*x, labels, logit_scale=logit_scale, **options),
+        lambda x: formula(x[0] @ x[1].T * logit_scale, labels, **options),
+        [hidden, weight],
+    )
+    logits = (hidden @ weight.T * logit_scale).detach()
+    check(lambda x: cross_entropy(*x, labels, **options), lambda x: formula(*x, labels, **options), [logits])
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize(("z_loss", "label_smoothing"), [(0.0, 0.0), (1e-2, 0.1)])
+def test_reductions_and_terms(device, reduction, z_loss, label_smoothing, monkeypatch):
+    monkeypatch.setattr(ops_linear_cross_entropy, "CHUNK_TOKENS", 8)
+    monkeypatch.setattr(ops_linear_cross_entropy, "ALIGNMENT", 4)  # three chunks, the last one shorter
+    options = {"z_loss": z_loss, "label_smoothing": label_smoothing, "reduction": reduction}
+    check_both(device, 18, 12, 53, torch.float32, logit_scale=0.4, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("tokens", "vocab"), [(1, 1), (1, 97), (5, 1009)])
+def test_sizes_and_dtypes(device, tokens, vocab, dtype):
+    check_both(device, tokens, 16, vocab, dtype, z_loss=1e-4)
+
+
+@pytest.mark.parametrize("num_items", [7, torch.tensor(7)])
+def test_sum_is_divided_by_the_items_of_a_step(device, num_items):
+    check_both(device, 5, 8, 31, torch.float32, num_items=num_items)
+
+
+def test_unequal_micro_batches_add_up(device):
+    weight = torch.randn(29, 8, device=device, requires_grad=True)
+    hidden, labels = torch.randn(11, 8, device=device), labels_for(device, 11, 29)
+    items = (labels != -100).sum()
+    (whole,) = torch.autograd.grad(linear_cross_entropy(hidden, weight, labels).loss, weight)
+    parts = [
+        torch.autograd.grad(linear_cross_entropy(hidden[s], weight, labels[s], num_items=items).loss, weight)[0]
+        for s in (slice(0, 2), slice(2, 11))
+    ]
+    torch.testing.assert_close(sum(parts), whole)
+
+
+def test_without_any_label_loss_and_gradients_are_zero(device):
+    hidden, weight = torch.randn(3, 8, device=device), torch.randn(29, 8, device=device)
+    labels = torch.full((3,), -100, device=device)
+    check_both(device, 3, 8, 29, torch.float32, labels=labels, z_loss=1e-3)
+    leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+    outputs = linear_cross_entropy(*leaves, labels)
+    assert [x.item() for x in outputs] == [0.0, 0.0, 0.0]
+    assert not any(g.any() for g in torch.autograd.grad(outputs.loss, leaves))
+
+
+def test_no_tokens(device):
+    hidden = torch.zeros(0, 8, device=device, requires_grad=True)
+    weight = torch.randn(29, 8, device=device, requires_grad=True)
+    loss = linear_cross_entropy(hidden, weight, torch.zeros(0, dtype=torch.long, device=device)).loss
+    assert loss.item() == 0.0
+    assert not torch.autograd.grad(loss, weight)[0].any()
+
+
+@pytest.mark.parametrize("value", [1e4, -1e4, float("inf"), -float("inf"), float("nan")])
+@pytest.mark.parametrize("where", ["label", "other", "row"])
+def test_extreme_logits_propagate_as_in_torch(device, value, where):
+    logits = torch.randn(3, 37, device=device)
+    labels = torch.tensor([4, 5, 6], device=device)
+    logits[1, {"label": 5, "other": 20, "row": slice(None)}[where]] = value
+    leaves = [logits.clone().requires_grad_() for _ in range(2)]
+    got = cross_entropy(leaves[0], labels, reduction="none").loss
+    expected = F.cross_entropy(leaves[1], labels, reduction="none")
+    torch.testing.assert_close(got, expected, equal_nan=True)
+    gradients = [torch.autograd.grad(x.sum(), y)[0] for x, y in zip((got, expected), leaves, strict=True)]
+    torch.testing.assert_close(*gradients, equal_nan=True)
+
+
+def test_a_label_outside_the_vocabulary_makes_the_loss_nan(device):
+    for label in (29, -1, 1 << 40):
+        loss = cross_entropy(torch.randn(2, 29, device=device), torch.tensor([3, label], device=device)).loss
+        assert loss.isnan()
+
+
+def test_accuracy_and_z_loss_are_reported_apart(device):
+    logits = torch.zeros(4, 5, device=device, requires_grad=True)
+    with torch.no_grad():
+        logits[[0, 1, 2], [1, 2, 3]] = 9.0
+    labels = torch.tensor([1, 2, 0, -100], device=device)
+    outputs = cross_entropy(logits, labels, z_loss=0.5)
+    assert outputs.accuracy.item() == pytest.approx(2 / 3)
+    lse = logits[:3].logsumexp(-1)
+    assert outputs.z_loss.item() == pytest.approx(0.5 * lse.square().mean().item(), rel=1e-6)
+    plain = F.cross_entropy(logits, labels).item()
+    assert (outputs.loss - outputs.z_loss).item() == pytest.approx(plain, rel=1e-5)
+    assert not outputs.z_loss.requires_grad
+
+
+def test_frozen_inputs_cost_no_gradient(device):
+    hidden, weight = torch.randn(3, 8, device=device), torch.randn(29, 8, device=device)
+    labels = labels_for(device, 3, 29)
+    for learns in ((True, False), (False, True), (False, False)):
+        leaves = [x.clone().requires_grad_(flag) for x, flag in zip((hidden, weight), learns, strict=True)]
+        loss = linear_cross_entropy(*leaves, labels).loss
+        assert loss.requires_grad == any(learns)
+        if loss.requires_grad:
+            loss.backward()
+        expected = [x.clone().requires_grad_() for x in (hidden, weight)]
+        F.cross_entropy(expected[0] @ expected[1].T, labels).backward()
+        for leaf, want, flag in zip(leaves, expected, learns, strict=True):
+            assert (leaf.grad is not None) == flag
+            if flag:
+                torch.testing.assert_close(leaf.grad, want.grad)
+
+
+def test_strided_inputs(device):
+    labels = labels_for(device, 6, 29).view(2, 3)
+    wide, weight = torch.randn(2, 3, 16, device=device), torch.randn(8, 29, device=device)
+    check(
+        lambda x: linear_cross_entropy(x[0][..., ::2], x[1].T, labels),
+        lambda x: formula(x[0][..., ::2] @ x[1], labels),
+        [wide, weight],
+    )
+    check(lambda x: cross_entropy(x[0][..., ::2], labels % 8), lambda x: formula(x[0][..., ::2], labels % 8), [wide])
+    check(lambda x: cross_entropy(x[0][..., :9], labels % 8), lambda x: formula(x[0][..., :9], labels % 8), [wide])
+
+
+def test_operators_are_registered_rightly_and_write_everything(device, monkeypatch):
+    hidden, weight = (torch.randn(n, 8, device=device, requires_grad=True) for n in (3, 29))
+    labels = labels_for(device, 3, 29)
+    options = (0.5, -100, 1e-3, 0.1)
+    ops = torch.ops.fat5
+    logits = (hidden @ weight.T).detach().requires_grad_()
+    for operator, arguments in (
+        (ops.linear_cross_entropy_sum, (hidden, weight, labels, *options, True, True)),
+        (ops.linear_cross_entropy_rows, (hidden, weight, labels, *options)),
+        (ops.cross_entropy_forward, (logits, labels, *options[1:])),
+    ):
+        torch.library.opcheck(operator.default, arguments, test_utils=OPCHECKS)
+    poison(monkeypatch)
+    check_both(device, 3, 8, 29, torch.float32, z_loss=1e-3)
+    check_both(device, 3, 8, 29, torch.float32, reduction="none")
+
+
+def test_compiles_into_one_graph(device):
+    hidden, weight = (torch.randn(n, 8, device=device, requires_grad=True) for n in (3, 29))
+    labels = labels_for(device, 3, 29)
+
+    def step(hidden, weight):
+        return linear_cross_entropy(hidden * 2, weight, labels, z_loss=1e-3).loss
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    gradients = [torch.autograd.grad(f(hidden, weight), (hidden, weight)) for f in (compiled, step)]
+    for got, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_bad_arguments_are_named(device):
+    hidden, weight = torch.randn(3, 8, device=device), torch.randn(29, 8, device=device)
+    labels = torch.zeros(3, dtype=torch.long, device=device)
+    for arguments, options, message in (
+        ((hidden, weight[:, :7], labels), {}, "the weight must be"),
+        ((hidden, weight.half(), labels), {}, "the weight must be"),
+        ((hidden, weight, labels[:2]), {}, "labels must be ints"),
+        ((hidden, weight, labels.float()), {}, "labels must be ints"),
+        ((hidden, weight, labels), {"reduction": "max"}, "reduction must be"),
+        ((hidden, weight, labels), {"label_smoothing": 1.0}, "label_smoothing"),
+        ((hidden, weight, labels), {"z_loss": -1.0}, "z_loss"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            linear_cross_entropy(*arguments, **options)
+
+
+def test_the_kernels_run(device, monkeypatch):
+    for module in (ops_cross_entropy, ops_linear_cross_entropy):
+        monkeypatch.setattr(module, "reference_rows", None)
+    check_both(device, 2, 8, 29, torch.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("vocab", [32128, 32100, 250112, 256384])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_real_sizes(device, vocab, dtype, reduction, monkeypatch):
+    monkeypatch.setattr(ops_linear_cross_entropy, "CHUNK_TOKENS", 256)
+    check_both(device, 600, 64, vocab, dtype, logit_scale=0.125, z_loss=1e-4, label_smoothing=0.1, reduction=reduction)
+
+
+@pytest.mark.gpu
+def test_memory_is_that_of_a_chunk(device):
+    tokens, width, vocab = 8192, 256, 32128
+    hidden = torch.randn(tokens, width, device=device, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(vocab, width, device=device, dtype=torch.bfloat16, requires_grad=True)
+    labels = labels_for(device, tokens, vocab)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    linear_cross_entropy(hidden, weight, labels).loss.backward()
+    used = torch.cuda.max_memory_allocated() - before
+    assert used < vocab * (2048 * 2 + width * (4 + 2)) + (32 << 20)
+
+
+@pytest.mark.gpu
+def test_nothing_waits_for_the_device(device):
+    hidden = torch.randn(300, 64, device=device, requires_grad=True)
+    weight = torch.randn(999, 64, device=device, requires_grad=True)
+    labels = labels_for(device, 300, 999)
+    for reduction in ("mean", "none"):
+        linear_cross_entropy(hidden, weight, labels, reduction=reduction).loss.sum().backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for reduction in ("mean", "none"):
+            linear_cross_entropy(hidden, weight, labels, z_loss=1e-4, reduction=reduction).loss.sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

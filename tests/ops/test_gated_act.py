@@ -1,0 +1,122 @@
+"""Activation, gate and dropout against their formulas in fp64."""
+
+import math
+
+import pytest
+import torch
+from layer_oracle import OPCHECKS, check, poison
+
+from fat5.model import ops_gated_act
+from fat5.model.ops_gated_act import gated_act
+from fat5.model.ops_philox import elementwise_dropout
+
+FORMULAS = {
+    "gelu_new": lambda x: 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+    "gelu": lambda x: 0.5 * x * (1 + torch.erf(x / math.sqrt(2))),
+    "relu": lambda x: x.clamp(min=0),
+    "silu": lambda x: x * torch.sigmoid(x),
+}
+PLAIN = {
+    "gelu_new": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+    "gelu": torch.nn.functional.gelu,
+    "relu": torch.relu,
+    "silu": torch.nn.functional.silu,
+}
+
+
+def formula(act, x, up, p=0.0, seed=None):
+    y = (FORMULAS if x.dtype == torch.float64 else PLAIN)[act](x)
+    y = y if up is None else y * up
+    return [elementwise_dropout(y, p, seed) if p else y]
+
+
+@pytest.mark.parametrize("act", list(FORMULAS))
+@pytest.mark.parametrize("form", ["plain", "pair", "joined"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_activations_and_forms(device, act, form, dtype):
+    x, up = (2 * torch.randn(3, 5, 45, device=device).to(dtype) for _ in range(2))
+    if form == "plain":
+        check(lambda t: [gated_act(t[0], act, gated=False)], lambda t: formula(act, t[0], None), [x])
+    elif form == "pair":
+        check(lambda t: [gated_act(t[0], act, up=t[1])], lambda t: formula(act, *t), [x, up])
+    else:
+        joined = torch.cat([x, up], dim=-1)
+        check(lambda t: [gated_act(t[0], act)], lambda t: formula(act, *t[0].chunk(2, -1)), [joined])
+
+
+@pytest.mark.parametrize("width", [1, 64, 2049])
+def test_widths_and_dropout(device, width):
+    seed = torch.tensor([77], device=device)
+    x, up = (torch.randn(4, width, device=device).half() for _ in range(2))
+    check(
+        lambda t: [gated_act(t[0], "silu", up=t[1], dropout_p=0.4, seed=seed)],
+        lambda t: formula("silu", *t, 0.4, seed),
+        [x, up],
+    )
+
+
+def test_strided_inputs(device):
+    wide = torch.randn(6, 90, device=device)
+
+    def halves(x):
+        return x[:, :40], x[:, 50:]
+
+    check(lambda t: [gated_act(halves(t[0])[0], "gelu", up=halves(t[0])[1])], lambda t: formula("gelu", *halves(t[0])),
+          [wide])  # fmt: skip
+    check(lambda t: [gated_act(t[0].T, "gelu")], lambda t: formula("gelu", *t[0].T.chunk(2, -1)), [wide])
+
+
+@pytest.mark.parametrize("act", list(FORMULAS))
+def test_extreme_values_propagate_as_in_torch(device, act):
+    x = torch.tensor([[float("nan"), float("inf"), -float("inf"), 1e4, -1e4, 0.0]], device=device)
+    up = torch.full_like(x, 2.0)
+    torch.testing.assert_close(gated_act(x, act, up=up), PLAIN[act](x) * up, equal_nan=True)
+    torch.testing.assert_close(gated_act(up, act, up=x), PLAIN[act](up) * x, equal_nan=True)
+
+
+def test_operator_is_registered_rightly_and_writes_everything(device, monkeypatch):
+    x, up = (torch.randn(3, 46, device=device, requires_grad=True) for _ in range(2))
+    seed = torch.tensor([3], device=device)
+    for arguments in ((x, up, seed, 0, True, 0.5), (x, None, None, 1, False, 0.0)):
+        torch.library.opcheck(torch.ops.fat5.gated_act_forward.default, arguments, test_utils=OPCHECKS)
+    poison(monkeypatch)
+    check(lambda t: [gated_act(t[0], "relu")], lambda t: formula("relu", *t[0].chunk(2, -1)), [x])
+
+
+def test_only_the_inputs_are_kept(device):
+    x = torch.randn(3, 46, device=device, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        gated_act(x, "gelu", dropout_p=0.1)
+    assert sum(t.numel() for t in kept if t.is_floating_point()) == x.numel()
+
+
+def test_bad_arguments_are_named(device):
+    x = torch.randn(3, 45, device=device)
+    for arguments, message in (
+        ({"act": "tanh"}, "act must be one of"),
+        ({"act": "relu"}, "even"),
+        ({"act": "relu", "up": x[:2]}, "like x"),
+        ({"act": "relu", "up": x.half()}, "like x"),
+        ({"act": "relu", "gated": False, "dropout_p": 1.0}, "dropout_p"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            gated_act(x, **arguments)
+
+
+def test_the_kernel_runs(device, monkeypatch):
+    monkeypatch.setattr(ops_gated_act, "reference_gated_act", None)
+    gated_act(torch.randn(3, 46, device=device), "relu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("width", [1024, 2816, 5120, 10240])
+@pytest.mark.parametrize("act", list(FORMULAS))
+def test_real_sizes(device, width, dtype, act):
+    seed = torch.tensor([11], device=device)
+    check(
+        lambda t: [gated_act(t[0], act, dropout_p=0.1, seed=seed)],
+        lambda t: formula(act, *t[0].chunk(2, -1), 0.1, seed),
+        [torch.randn(3, 555, 2 * width, device=device).to(dtype)],
+    )
