@@ -12,6 +12,9 @@ AUTO_MAP = {
     "AutoModel": "modeling_flash_t5.FlashT5Model",
     "AutoModelForSeq2SeqLM": "modeling_flash_t5.FlashT5ForConditionalGeneration",
     "AutoModelForTextEncoding": "modeling_flash_t5.FlashT5EncoderModel",
+    "AutoModelForSequenceClassification": "modeling_flash_t5.FlashT5ForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_flash_t5.FlashT5ForTokenClassification",
+    "AutoModelForQuestionAnswering": "modeling_flash_t5.FlashT5ForQuestionAnswering",
 }
 """Which class each auto-class loads: written to the `config.json` of every saved model."""
 
@@ -32,6 +35,9 @@ class FlashT5Config(PretrainedConfig):
         scale_decoder_outputs: multiply the decoder's output by `d_model**-0.5` before the head. None: as T5 v1.0
             and v1.1 do, that is when the head is tied.
         decoder_start_token_id: None means the padding token, as in T5.
+        classifier_dropout: dropout in the heads for classification.
+        head_reads_decoder: the heads for sequence classification and question answering read the decoder's output, as
+            in stock T5; otherwise the encoder's, as in the published FAT5.
 
     The published FAT5 configurations are read too: `use_glu_mlp` and `use_gelu_act`, where present, replace
     `feed_forward_proj`; a negative `pad_token_id` becomes `decoder_start_token_id`; `is_encoder_decoder: false` is
@@ -77,6 +83,7 @@ class FlashT5Config(PretrainedConfig):
         is_encoder_decoder: bool = True,
         use_cache: bool = True,
         classifier_dropout: float = 0.0,
+        head_reads_decoder: bool = False,
         **kwargs: Any,
     ) -> None:
         self.vocab_size = vocab_size
@@ -98,6 +105,7 @@ class FlashT5Config(PretrainedConfig):
         self.scale_decoder_outputs = tie_word_embeddings if scale_decoder_outputs is None else scale_decoder_outputs
         self.use_cache = use_cache
         self.classifier_dropout = classifier_dropout
+        self.head_reads_decoder = head_reads_decoder
         self._validate_fields()
 
         if pad_token_id is not None and pad_token_id < 0:

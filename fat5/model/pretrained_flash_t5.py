@@ -92,3 +92,6 @@ class FlashT5PreTrainedModel(PreTrainedModel):
             nn.init.constant_(module.weight, factor)
         elif isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=factor * getattr(module, "init_std", 1.0))
+            bias = getattr(module, "bias", None)
+            if isinstance(bias, torch.Tensor):
+                nn.init.zeros_(bias)

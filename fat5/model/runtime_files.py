@@ -9,6 +9,8 @@ RUNTIME_FILES = (
     "modeling_flash_t5.py",
     "pretrained_flash_t5.py",
     "encoder_flash_t5.py",
+    "encoder_decoder_flash_t5.py",
+    "heads_flash_t5.py",
     "stack_flash_t5.py",
     "layers_flash_t5.py",
     "attention.py",
