@@ -50,6 +50,10 @@ if TYPE_CHECKING:
     from .ops_attention_reference import reference_attention as reference_attention
     from .ops_attention_strips import expand_strips as expand_strips
     from .packed_stack import pack_stack as pack_stack
+    from .position_alibi import AlibiPositionBias as AlibiPositionBias
+    from .position_bias import build_position_bias as build_position_bias
+    from .position_fire import FirePositionBias as FirePositionBias
+    from .position_rotary import rotary_tables as rotary_tables
     from .runtime_files import copy_runtime_files as copy_runtime_files
 
 __all__ = [

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from .attention import ATTENTION_FUNCTIONS
 from .configuration_flash_t5 import FlashT5Config
 from .layers_flash_t5 import FlashT5LayerNorm
+from .position_fire import FirePositionBias
 from .runtime_files import copy_runtime_files
 from .stack_flash_t5 import FlashT5Stack
 
@@ -90,6 +91,8 @@ class FlashT5PreTrainedModel(PreTrainedModel):
         factor = self.config.initializer_factor
         if isinstance(module, FlashT5LayerNorm):
             nn.init.constant_(module.weight, factor)
+        elif isinstance(module, FirePositionBias):
+            module.reset_parameters()
         elif isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=factor * getattr(module, "init_std", 1.0))
             bias = getattr(module, "bias", None)

@@ -38,7 +38,11 @@ RUNTIME_FILES = (
     "ops_attention_strips.py",
     "packed_inputs.py",
     "packed_stack.py",
+    "position_alibi.py",
+    "position_bias.py",
     "position_encoding.py",
+    "position_fire.py",
+    "position_rotary.py",
     "runtime_files.py",
 )
 """Names of the files, all in one flat folder."""
