@@ -9,6 +9,7 @@ from transformers.cache_utils import EncoderDecoderCache
 
 from .attention_mask import AttentionMask
 from .configuration_flash_t5 import FlashT5Config
+from .flash_attention import FLASH_ATTENTION, flash_attention
 from .fused_attention import fused_attention
 from .position_alibi import AlibiPositionBias
 from .position_bias import build_position_bias, kernel_bias
@@ -55,7 +56,12 @@ def sdpa_attention(
     return output, None
 
 
-ATTENTION_FUNCTIONS = {"eager": eager_attention, "sdpa": sdpa_attention, "fat5": sdpa_attention}
+ATTENTION_FUNCTIONS = {
+    "eager": eager_attention,
+    "sdpa": sdpa_attention,
+    "fat5": sdpa_attention,
+    FLASH_ATTENTION: sdpa_attention,
+}
 """What runs when there is no kernel for a device, or none for a mask."""
 
 
@@ -115,8 +121,11 @@ class FlashT5Attention(nn.Module):
         if mask.layout is not None:
             if bias is None:
                 bias = self._kernel_operand(mask, query.dtype)
-            its_bias = kernel_bias(config, bias, mask.causal)
-            output = fused_attention(query, key, value, its_bias, mask, config.softmax_scale, dropout)
+            its_bias, scale = kernel_bias(config, bias, mask.causal), config.softmax_scale
+            if config._attn_implementation == FLASH_ATTENTION:
+                output = flash_attention(query, key, value, its_bias, mask.layout, mask.causal, scale, dropout)
+            else:
+                output = fused_attention(query, key, value, its_bias, mask, scale, dropout)
         else:
             if bias is None:
                 bias = mask.additive(self._dense_bias(mask), query.dtype)

@@ -5,12 +5,15 @@ from dataclasses import dataclass, field
 import torch
 
 from .attention_layout import KernelLayout, host_may_look, packed_layout, padded_layout
+from .flash_attention import FLASH_ATTENTION, flash_serves
 from .ops_attention import DTYPES, MAX_HEAD_DIM, kernels_serve
 from .position_rotary import RotaryTables
 
 
 def kernels_take(implementation: str | None, device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether attention of this kind goes through the kernels, if they can take its mask."""
+    """Whether attention of this kind goes through the kernels, ours or flash-attn's, if they can take its mask."""
+    if implementation == FLASH_ATTENTION:
+        return flash_serves(device, dtype, head_dim)
     return implementation == "fat5" and kernels_serve(device) and dtype in DTYPES and head_dim <= MAX_HEAD_DIM
 
 
@@ -96,17 +99,20 @@ class AttentionMask:
     def prepare(self, implementation: str | None, dtype: torch.dtype, head_dim: int) -> "AttentionMask":
         """Fill what `implementation` needs, and return the mask itself. Called once per stack, not by every layer.
 
-        For "fat5" that is `layout`, if there are kernels for the device, dtype and head dimension that can take this
-        mask; otherwise, and for the other implementations, it is what `build_dense` fills.
+        For "fat5" and flash-attn that is `layout`, if they have kernels for the device, dtype and head dimension that
+        can take this mask; otherwise, and for the other implementations, it is what `build_dense` fills.
         """
         if kernels_take(implementation, self.device, dtype, head_dim):
-            self.layout = self._kernel_layout()
+            self.layout = self._kernel_layout(key_lengths=implementation != FLASH_ATTENTION)
         return self.build_dense() if self.layout is None else self
 
-    def _kernel_layout(self) -> KernelLayout | None:
+    def _kernel_layout(self, key_lengths: bool) -> KernelLayout | None:
         """The layout in which the kernels compute what the matrix says; None if there is none.
 
         In packed layouts (padding not at the end, segments) queries that are padding give zeros.
+
+        Args:
+            key_lengths: padding at the end may stay, and is told by the lengths of the rows.
         """
         if isinstance(self.query_offset, torch.Tensor):
             return None
@@ -117,7 +123,7 @@ class AttentionMask:
         key_mask = None if self.key_mask is None else self.key_mask.to(self.device)
         if self.query_segments is None or self.key_segments is None:
             layout = None if key_mask is None else padded_layout(key_mask)
-            if layout is not None:
+            if layout is not None and (key_lengths or layout.key_lengths is None):
                 return layout
         if self.dense_bias:
             return None

@@ -42,10 +42,7 @@ def fused_attention(
     if layout.queries is None or layout.keys is None:
         lengths = None if layout.key_lengths is None else layout.key_lengths.to(query.device)
         return attention(query, key, value, key_lengths=lengths, q_offset=offset, **options)
-    if layout.of_stack:
-        query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))
-    else:
-        query, key, value = layout.queries.gather(query), layout.keys.gather(key), layout.keys.gather(value)
+    query, key, value = layout.pack(query, key, value)
     packed = attention(
         query,
         key,
@@ -56,7 +53,7 @@ def fused_attention(
         max_seqlen_k=layout.keys.longest,
         **options,
     )
-    return packed.transpose(0, 1)[None] if layout.of_stack else layout.queries.scatter(packed)
+    return layout.unpack(packed)
 
 
 def refuse_other_models(module: torch.nn.Module, *_: Any, **__: Any) -> NoReturn:

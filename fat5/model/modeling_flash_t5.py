@@ -29,6 +29,7 @@ from .stack_flash_t5 import FlashT5Stack, static_length
 if TYPE_CHECKING:
     from .attention_layout import KernelLayout as KernelLayout
     from .attention_mask import AttentionMask as AttentionMask
+    from .flash_attention import flash_attention as flash_attention
     from .fused_attention import fused_attention as fused_attention
     from .ops_attention import attention as attention
     from .ops_attention_backward import launch_backward as launch_backward

@@ -16,6 +16,7 @@ RUNTIME_FILES = (
     "attention.py",
     "attention_mask.py",
     "attention_layout.py",
+    "flash_attention.py",
     "fused_attention.py",
     "ops_attention.py",
     "ops_attention_backward.py",

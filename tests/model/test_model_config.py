@@ -168,7 +168,7 @@ def test_nonsense_is_refused_by_name(fields, named):
     ],
 )
 def test_attention_implementations_that_do_not_exist_are_refused(implementation, reason):
-    with pytest.raises(ValueError, match=f"{implementation}.*{reason}.*eager, sdpa, fat5"):
+    with pytest.raises(ValueError, match=f"{implementation}.*{reason}.*eager, sdpa, fat5, flash_attention_2"):
         FlashT5ForConditionalGeneration(FlashT5Config(**SHAPE, attn_implementation=implementation))
 
 

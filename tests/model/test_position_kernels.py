@@ -9,7 +9,7 @@ from position_kinds import kind_model
 SMALL = {"num_heads": 2, "d_kv": 6, "num_layers": 1}
 REAL = {"num_heads": 8, "d_kv": 64, "d_model": 256, "d_ff": 512}
 SHAPE = SMALL if not HAS_KERNELS or INTERPRETED else REAL
-LENGTHS = (21, 13, 2) if SHAPE is SMALL else (613, 389, 3)
+LENGTHS = (9, 7, 2) if SHAPE is SMALL else (613, 389, 3)
 LOGITS, GRADIENTS = (1e-5, 5e-5) if SHAPE is SMALL else (1e-4, 1e-3)
 
 
@@ -20,7 +20,7 @@ def test_in_the_interpreter():
 @needs_kernels
 @pytest.mark.parametrize(
     ("kind", "packed"),
-    [("alibi", True), ("rope", True), ("none", True), ("alibi_asymmetric", False), ("fire", False)],
+    [("alibi", True), ("rope", True), ("alibi_asymmetric", False), ("fire", False)],
 )
 def test_a_model_equals_itself_on_eager(kind, packed):
     inputs = batch("left" if packed else "right", *LENGTHS)
