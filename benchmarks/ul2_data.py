@@ -38,7 +38,7 @@ from fat5.data import (
 )
 from fat5.data.batches import build_batch
 from fat5.data.statistics import measure_batches
-from fat5.data.window_length import checked_window, window_that_packs
+from fat5.data.window_length import checked_window, stored_documents, window_that_packs
 
 BUDGETS = ((512, 512), (1024, 256), (1024, 512))
 TOKENS_PER_BATCH = 65536
@@ -52,8 +52,10 @@ def make_batches(
         train=(CorpusOptions(("unused",)),), max_input_length=most[0], max_target_length=most[1], packing=form
     )
     if window is None:
-        packs = form == "segments"
-        window = window_that_packs([store], mixture, *most) if packs else checked_window(mixture, None, *most)
+        if form == "segments":
+            window = window_that_packs(stored_documents([store]), mixture, *most)
+        else:
+            window = checked_window(mixture, None, *most)
     rows = TOKENS_PER_BATCH // most[0]
     windows = WindowDataset([store], window)
     return training_batches(options, windows, mixture, batch_size=rows, batches_per_step=1, steps=10**9, seed=0)

@@ -2,12 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from fat5.data import layout
@@ -17,9 +16,11 @@ from fat5.data.span_corruption import Mixture, Plan
 
 Form = Literal["none", "segments", "stream"]
 Ints = NDArray[np.int64]
+Batch = dict[str, Any]
+"""Tensors by name, and in a stream two ints."""
 
 
-class BatchDataset(Dataset[dict[str, Tensor]]):
+class BatchDataset(Dataset[Batch]):
     """Batch number -> batch, each built on demand: any worker, process or resumed run gets the same one.
 
     Give it to a `DataLoader` with `batch_size=None`; with several processes, process p of P takes the batches
@@ -39,7 +40,7 @@ class BatchDataset(Dataset[dict[str, Tensor]]):
     def __len__(self) -> int:
         return self.total
 
-    def __getitem__(self, number: int) -> dict[str, Tensor]:
+    def __getitem__(self, number: int) -> Batch:
         """Build a batch.
 
         Returns:
@@ -83,7 +84,7 @@ class Gathered:
     sizes: Ints
 
 
-def build_batch(mixture: Mixture, budget: Budget, form: Form, gathered: Gathered) -> dict[str, Tensor]:
+def build_batch(mixture: Mixture, budget: Budget, form: Form, gathered: Gathered) -> Batch:
     """Denoise windows and lay them out.
 
     Args:
@@ -99,6 +100,7 @@ def build_batch(mixture: Mixture, budget: Budget, form: Form, gathered: Gathered
     plan = gathered.plan
     inputs, labels = mixture.corrupt(gathered.tokens, plan)
     lengths = plan.input_lengths, plan.label_lengths
+    batch: Batch
     if form == "stream":
         batch = layout.stream(inputs, lengths[0], labels, lengths[1])
     elif form == "segments":

@@ -71,19 +71,22 @@ def segments(
     return {name: torch.from_numpy(array) for name, array in batch.items()}
 
 
-def stream(inputs: Ints, input_lengths: Ints, labels: Ints, label_lengths: Ints) -> dict[str, Tensor]:
+def stream(inputs: Ints, input_lengths: Ints, labels: Ints, label_lengths: Ints) -> dict[str, Tensor | int]:
     """Lay all examples out one behind the other, without padding.
 
     Returns:
         `input_ids` [1, Te] and `labels` [1, Td] int64; `encoder_cu_seqlens` and `decoder_cu_seqlens` [N + 1]
-        int32, where each example begins, and the total; `encoder_max_length`, `decoder_max_length` int64
-        scalars, the longest example.
+        int32, where each example begins, and the total; `encoder_max_length`, `decoder_max_length`, the longest
+        example, as plain ints, for which nobody has to wait when the tensors are on a device.
     """
-    batch = {"input_ids": torch.from_numpy(inputs[None]), "labels": torch.from_numpy(labels[None])}
+    batch: dict[str, Tensor | int] = {
+        "input_ids": torch.from_numpy(inputs[None]),
+        "labels": torch.from_numpy(labels[None]),
+    }
     for side, lengths in (("encoder", input_lengths), ("decoder", label_lengths)):
         edges = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
         batch[f"{side}_cu_seqlens"] = torch.from_numpy(edges)
-        batch[f"{side}_max_length"] = torch.tensor(int(lengths.max(initial=0)))
+        batch[f"{side}_max_length"] = int(lengths.max(initial=0))
     return batch
 
 

@@ -89,7 +89,8 @@ class DataOptions:
             the family by its tokenizer, else takes the tokens named `<extra_id_N>`.
         packing: `none`: one example a row, padded to the longest of the batch. `segments`: several examples
             in each row of max_input_length and max_target_length, which do not see each other. `stream`: a
-            whole batch of that many tokens as one flat sequence without padding, for the `fat5` attention.
+            whole batch of that many tokens as one flat sequence without padding, for the `fat5` attention;
+            the others take it too, with a mask as large as the square of the batch's tokens.
         stages: the curriculum after the first stage, which has the corpora's own weights.
     """
 

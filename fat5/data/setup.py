@@ -6,13 +6,14 @@ from transformers import PreTrainedTokenizerBase
 
 from fat5.data.batches import BatchDataset
 from fat5.data.corpus_order import CorpusOrder
+from fat5.data.encode import Encoder
 from fat5.data.options import CorpusOptions, DataOptions, MixtureOptions
 from fat5.data.schedule import Budget, Schedule
 from fat5.data.span_corruption import Mixture
 from fat5.data.special_ids import special_ids
 from fat5.data.stream import StreamBatches
 from fat5.data.token_store import TokenStore, tokenize_corpus
-from fat5.data.window_length import checked_window, window_that_packs
+from fat5.data.window_length import checked_window, stored_documents, streamed_documents, window_that_packs
 from fat5.data.windows import WindowDataset
 
 # Examples that are packed together; more for large batches, as the last one of a block is only partly filled.
@@ -61,7 +62,7 @@ def open_windows(
 def _window(stores: list[TokenStore], options: DataOptions, mixture: Mixture) -> int:
     lengths = options.max_input_length, options.max_target_length
     if options.window is None and options.packing == "segments":
-        return window_that_packs(stores, mixture, *lengths)
+        return window_that_packs(stored_documents(stores), mixture, *lengths)
     return checked_window(mixture, options.window, *lengths)
 
 
@@ -123,7 +124,11 @@ def streamed_batches(
         ValueError: several corpora without weights, or the window does not fit.
     """
     lengths = options.max_input_length, options.max_target_length
-    window = checked_window(mixture, options.window, *lengths)
+    if options.window is None and options.packing == "segments":
+        documents = streamed_documents(options.train, Encoder(tokenizer, mixture.ids))
+        window = window_that_packs(documents, mixture, *lengths)
+    else:
+        window = checked_window(mixture, options.window, *lengths)
     return StreamBatches(
         options.train,
         options.weights(),

@@ -1,11 +1,15 @@
 """How many raw tokens make one example."""
 
 from collections.abc import Sequence
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fat5.data.corpus_order import shuffled
+from fat5.data.documents import DataError, read_documents
+from fat5.data.encode import Encoder
+from fat5.data.options import CorpusOptions
 from fat5.data.packing import best_fit
 from fat5.data.random_streams import example_keys
 from fat5.data.span_corruption import Mixture, noise_counts
@@ -65,16 +69,21 @@ def checked_window(mixture: Mixture, window: int | None, max_input_length: int, 
 
 
 def window_that_packs(
-    stores: Sequence[TokenStore], mixture: Mixture, max_input_length: int, max_target_length: int
+    documents: NDArray[np.int64], mixture: Mixture, max_input_length: int, max_target_length: int
 ) -> int:
     """Find the longest window with which rows of segments are filled, by packing a sample of the corpora.
 
     Examples as long as a row leave gaps that no other example fills; shorter windows pack better. Tries
     falling lengths and takes the first with at most `MOST_PADDING` on the side that binds, or else the one
     with the least.
+
+    Args:
+        documents: the lengths of a sample of documents, in tokens.
+        mixture: the denoisers.
+        max_input_length: encoder tokens of a row.
+        max_target_length: decoder tokens of a row.
     """
     longest = longest_window(mixture, max_input_length, max_target_length)
-    documents = _sample_documents(stores)
     least = (1.0, longest)
     for fraction in _FRACTIONS:
         window = max(2, int(longest * fraction))
@@ -102,8 +111,8 @@ def windows_of(documents: NDArray[np.int64], window: int) -> NDArray[np.int64]:
     return lengths
 
 
-def _sample_documents(stores: Sequence[TokenStore]) -> NDArray[np.int64]:
-    """Give the lengths of documents spread evenly over the corpora."""
+def stored_documents(stores: Sequence[TokenStore]) -> NDArray[np.int64]:
+    """Give the lengths of documents spread evenly over tokenised corpora."""
     found = []
     step = max(1, sum(store.documents for store in stores) // _SAMPLE)
     for store in stores:
@@ -111,3 +120,16 @@ def _sample_documents(stores: Sequence[TokenStore]) -> NDArray[np.int64]:
             chosen = np.arange(0, len(ends), step)
             found.append(ends[chosen] - np.where(chosen > 0, ends[chosen - 1], 0))
     return np.concatenate(found)
+
+
+def streamed_documents(corpora: Sequence[CorpusOptions], encoder: Encoder) -> NDArray[np.int64]:
+    """Give the lengths of the first documents of streamed corpora.
+
+    Raises:
+        DataError: a corpus cannot be read, or they hold no text.
+    """
+    texts = [text for corpus in corpora for text in islice(read_documents(corpus), _SAMPLE // (4 * len(corpora)))]
+    lengths = np.array([len(ids) for ids in encoder(texts)], dtype=np.int64)
+    if not lengths.any():
+        raise DataError(f"the corpus {corpora[0].name} holds no text")
+    return lengths[lengths > 0]

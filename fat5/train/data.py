@@ -9,7 +9,8 @@ from transformers import PreTrainedTokenizerBase
 
 from fat5.data import DenoisingCollator, Mixture, WindowDataset
 from fat5.data.batches import BatchDataset
-from fat5.data.setup import open_mixture, open_windows, training_batches
+from fat5.data.setup import open_mixture, open_windows, streamed_batches, training_batches
+from fat5.data.stream import StreamBatches
 from fat5.train.errors import TrainingError
 from fat5.train.recipe import EvaluationOptions, Recipe
 
@@ -20,14 +21,14 @@ class RunData:
 
     Attributes:
         mixture: the denoisers and the special ids.
-        batches: all batches of the run, in order.
+        batches: all batches of the run, in order; those of streamed corpora without an end.
         held_out: the windows that are evaluated on; None without evaluation corpora.
         held_out_collator: makes batches of them; its seed is the evaluation's own, so that the masks are always the
             same.
     """
 
     mixture: Mixture
-    batches: BatchDataset
+    batches: BatchDataset | StreamBatches
     held_out: Any | None
     held_out_collator: DenoisingCollator
 
@@ -52,27 +53,20 @@ def load_data(
         TrainingError: a corpus cannot be read, or tokenizer, mixture and lengths do not go together.
     """
     options, training = recipe.data, recipe.training
-    if options.packing == "stream":
-        raise TrainingError("data.packing: stream needs the fat5 attention, which is not there yet; take segments")
-    if any(corpus.streaming for corpus in options.train):
-        raise TrainingError("data.train: streaming corpora cannot be trained on yet; leave streaming out")
+    sizes = {"batch_size": training.micro_batch_size, "batches_per_step": batches_per_step, "seed": training.seed}
+    batches: BatchDataset | StreamBatches
     try:
         mixture = open_mixture(options, recipe.mixture, tokenizer, embedding_rows)
-        windows = open_windows(options.train, options, mixture, tokenizer)
-        batches = training_batches(
-            options,
-            windows,
-            mixture,
-            batch_size=training.micro_batch_size,
-            batches_per_step=batches_per_step,
-            steps=training.steps,
-            seed=training.seed,
-        )
+        if options.train[0].streaming:
+            batches = streamed_batches(options, mixture, tokenizer, **sizes)
+            window = batches.window
+        else:
+            windows = open_windows(options.train, options, mixture, tokenizer)
+            batches = training_batches(options, windows, mixture, steps=training.steps, **sizes)
+            window = windows.window
         held_out = None
         if options.evaluation:
-            held_out = _chosen(
-                open_windows(options.evaluation, options, mixture, tokenizer, windows.window), recipe.evaluation
-            )
+            held_out = _chosen(open_windows(options.evaluation, options, mixture, tokenizer, window), recipe.evaluation)
     except ValueError as error:  # DataError among them; each says what to change
         raise TrainingError(str(error)) from error
     return RunData(mixture, batches, held_out, DenoisingCollator(mixture, recipe.evaluation.seed))

@@ -204,10 +204,14 @@ _MAY_CHANGE = (
 def differences(before: Recipe, after: Recipe) -> list[str]:
     """List, as `key: old -> new`, by which keys `after` would not continue the run of `before`."""
     old, new = _flat(to_plain(before)), _flat(to_plain(after))
+    may_change: tuple[str, ...] = _MAY_CHANGE
+    if after.data.packing == "stream" or after.data.train[0].streaming:
+        # A stream is packed in pieces of a micro-batch, and the place in streamed corpora is counted in them.
+        may_change = tuple(key for key in _MAY_CHANGE if key != "training.micro_batch_size")
     return [
         f"{key}: {old.get(key)} -> {new.get(key)}"
         for key in old | new
-        if old.get(key) != new.get(key) and not key.startswith(_MAY_CHANGE)
+        if old.get(key) != new.get(key) and not key.startswith(may_change)
     ]
 
 

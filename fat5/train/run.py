@@ -16,6 +16,7 @@ from fat5.train.folder import RunFolder
 from fat5.train.load import add_rows, load_model, load_tokenizer, own_dropout
 from fat5.train.recipe import Recipe, differences, load_recipe, recipe_text
 from fat5.train.report import draw_losses, summarise_run
+from fat5.train.stream_trainer import StreamTrainer
 from fat5.train.trainer import PretrainingTrainer
 from fat5.train.typed import to_plain
 
@@ -43,6 +44,8 @@ def pretrain(recipe: Recipe, resume: str = "auto") -> list[dict[str, Any]]:
     if args.should_save:
         folder.root.mkdir(parents=True, exist_ok=True)
         folder.recipe.write_text(recipe_text(recipe), encoding="utf-8")
+    if checkpoint is not None and isinstance(trainer, StreamTrainer):
+        trainer.begin_at(checkpoint)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     _finish(trainer, recipe, folder)
     return trainer.state.log_history
@@ -134,7 +137,8 @@ def _trainer(recipe: Recipe, args: TrainingArguments, folder: RunFolder) -> Pret
         # The name since transformers 5.19 or so, and the one before it.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable()
-    trainer = PretrainingTrainer(
+    trainer_class = StreamTrainer if recipe.data.train[0].streaming else PretrainingTrainer
+    trainer = trainer_class(
         model,
         args,
         batches=data.batches,

@@ -32,14 +32,14 @@ class PretrainingTrainer(Trainer):
 
     model: PreTrainedModel  # as given below, where Trainer allows for None
     lr_scheduler: torch.optim.lr_scheduler.LambdaLR
-    train_dataset: Dataset[dict[str, Tensor]]
+    train_dataset: Any  # of whole batches
 
     def __init__(
         self,
         model: PreTrainedModel,
         args: TrainingArguments,
         *,
-        batches: Dataset[dict[str, Tensor]],
+        batches: Dataset[dict[str, Any]],
         held_out: Dataset[Any] | None,
         held_out_collator: Collator,
         denoisers: Sequence[str],

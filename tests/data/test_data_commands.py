@@ -154,6 +154,9 @@ def test_data_show_prints_examples_and_statistics(tmp_path, corpus, model_folder
     assert shares["[X] span mu=3 r=0.5"][2] == pytest.approx(0.5, abs=0.03)
     padding = [float(x) for x in re.search(r"padding: input ([\d.]+)%, target ([\d.]+)%", plain).groups()]
     assert (padding == [0, 0]) == (packing == "stream")
+    if packing != "none":  # the side that binds is full, of streamed corpora as well
+        used = re.search(r"token budget used: input ([\d.]+)%, target ([\d.]+)%", plain).groups()
+        assert max(map(float, used)) > 97
     assert plain.startswith("\n[R]")
     assert "300 batches" in plain
 

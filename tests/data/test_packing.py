@@ -21,7 +21,7 @@ from fat5.data.corpus_order import CorpusOrder
 from fat5.data.packing import best_fit
 from fat5.data.random_streams import example_keys
 from fat5.data.schedule import Budget, Schedule
-from fat5.data.window_length import checked_window, padding_share, window_that_packs, windows_of
+from fat5.data.window_length import checked_window, padding_share, stored_documents, window_that_packs, windows_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 
@@ -155,9 +155,10 @@ def test_packed_batches_stay_within_their_budget(store, form):
 
 def digest(batch):
     whole = hashlib.sha256()
-    for name in sorted(batch):
-        whole.update(f"{name}{tuple(batch[name].shape)}".encode())
-        whole.update(batch[name].numpy().tobytes())
+    for name, value in sorted(batch.items()):
+        array = np.asarray(value)
+        whole.update(f"{name}{array.shape}".encode())
+        whole.update(array.tobytes())
     return whole.hexdigest()
 
 
@@ -299,7 +300,7 @@ def test_stages_begin_at_their_step(tmp_path):
 def test_padding_is_below_three_percent_on_the_binding_side(store, most_input, most_labels, name, form):
     mixture = Mixture(MixtureOptions(name).resolved(), T5_IDS)
     if form == "segments":
-        window, rows = window_that_packs([store], mixture, most_input, most_labels), 1
+        window, rows = window_that_packs(stored_documents([store]), mixture, most_input, most_labels), 1
     else:
         window, rows = longest_window(mixture, most_input, most_labels), 16
     budget = Budget(1, rows * most_input, rows * most_labels, True, 8192)
@@ -315,9 +316,9 @@ def test_padding_is_below_three_percent_on_the_binding_side(store, most_input, m
 
 def test_window_that_packs_is_as_long_as_padding_allows(store):
     mixture = Mixture(MixtureOptions("t5_span_corruption").resolved(), T5_IDS)
-    assert window_that_packs([store], mixture, 512, 512) == longest_window(mixture, 512, 512)
+    assert window_that_packs(stored_documents([store]), mixture, 512, 512) == longest_window(mixture, 512, 512)
     ul2 = Mixture(MixtureOptions().resolved(), T5_IDS)
-    window = window_that_packs([store], ul2, 512, 512)
+    window = window_that_packs(stored_documents([store]), ul2, 512, 512)
     assert window < longest_window(ul2, 512, 512)
     lengths = np.random.default_rng(0).integers(100, 2001, 900)
     assert windows_of(lengths, window).sum() == lengths.sum()

@@ -6,6 +6,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 from denoising import restore
 from torch.utils.data import DataLoader
 
@@ -49,7 +50,7 @@ def stream(sources, tokenizer, kind="files", form="segments", stages=()):
 
 
 def same(a, b):
-    return a.keys() == b.keys() and all(a[k].equal(b[k]) for k in a if k != "state")
+    return a.keys() == b.keys() and all(torch.as_tensor(a[k]).equal(torch.as_tensor(b[k])) for k in a if k != "state")
 
 
 @pytest.mark.parametrize("kind", ["files", "dataset"])

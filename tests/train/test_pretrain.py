@@ -131,9 +131,10 @@ def test_an_output_folder_that_cannot_be_made_is_named(toy, tmp_path):
     assert "Traceback" not in result.output
 
 
-def test_packed_rows_are_trained_on(toy, tmp_path):
+@pytest.mark.parametrize("packing", ["segments", "stream"])
+def test_packed_batches_are_trained_on(toy, tmp_path, packing):
     changes = {"training__steps": 6, "training__learning_rate": 3e-3, "output__save_every": 6}
-    result = run(toy.settings(tmp_path / "out", data__packing="segments", **changes))
+    result = run(toy.settings(tmp_path / "out", data__packing=packing, **changes))
     assert result.exit_code == 0, result.output
     figures = [e["eval_loss"] for e in log(tmp_path / "out") if "eval_loss" in e]
     assert figures[-1] < figures[0] - 0.1
@@ -217,8 +218,11 @@ def test_it_works_without_datasets(toy, tmp_path):
         ({"model__path": "{stock}"}, "is not a FAT5 checkpoint (its model_type is t5); run `fat5convert"),
         ({"model__path": "{stock}/absent"}, "absent is no model's folder or Hub id"),
         ({"data__train": "[{files: [absent-*.txt]}]"}, "absent-*.txt"),
-        ({"data__packing": "stream"}, "data.packing: stream needs the fat5 attention"),
-        ({"data__train": "[{files: [x.txt], streaming: true}]"}, "streaming corpora cannot be trained on yet"),
+        ({"data__train": "[{files: [absent.txt], streaming: true}]"}, "no file matches absent.txt"),
+        (
+            {"data__train": "[{files: [a.txt], streaming: true}, {files: [b.txt], streaming: true}]"},
+            "several streamed corpora need weights",
+        ),
         (
             {"training__schedule": "warmup_stable_decay"},
             "training.schedule_options do not fit schedule warmup_stable_decay: ",
