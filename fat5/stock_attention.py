@@ -11,6 +11,7 @@ from transformers.masking_utils import bidirectional_mask_function, causal_mask_
 
 from .model.attention_mask import AttentionMask
 from .model.fused_attention import fused_attention
+from .model.ops_attention_bias import T5Bias
 from .model.position_encoding import relative_position_bucket
 
 
@@ -151,7 +152,8 @@ class EnabledAttention(nn.Module):
                 embedding = self.relative_attention_bias
                 bias = embedding(torch.arange(self.config.relative_attention_num_buckets, device=query.device))
             distance = self.config.relative_attention_max_distance
-            output = fused_attention(query, key, value, bias, mask, distance, 1.0, dropout)
+            t5_bias = None if bias is None else T5Bias(bias, not mask.causal, distance)
+            output = fused_attention(query, key, value, t5_bias, mask, 1.0, dropout)
         else:
             if bias is None:
                 bias = self._dense_bias(query, key, mask, offset)

@@ -4,6 +4,9 @@ from .configuration_flash_t5 import AUTO_MAP, FlashT5Config
 from .modeling_flash_t5 import (
     FlashT5EncoderModel,
     FlashT5ForConditionalGeneration,
+    FlashT5ForQuestionAnswering,
+    FlashT5ForSequenceClassification,
+    FlashT5ForTokenClassification,
     FlashT5Model,
     FlashT5PreTrainedModel,
 )
@@ -15,6 +18,9 @@ __all__ = [
     "FlashT5Config",
     "FlashT5EncoderModel",
     "FlashT5ForConditionalGeneration",
+    "FlashT5ForQuestionAnswering",
+    "FlashT5ForSequenceClassification",
+    "FlashT5ForTokenClassification",
     "FlashT5Model",
     "FlashT5PreTrainedModel",
     "copy_runtime_files",

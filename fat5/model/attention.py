@@ -9,8 +9,11 @@ from transformers.cache_utils import EncoderDecoderCache
 
 from .attention_mask import AttentionMask
 from .configuration_flash_t5 import FlashT5Config
+from .flash_attention import FLASH_ATTENTION, flash_attention
 from .fused_attention import fused_attention
-from .position_encoding import RelativePositionBias
+from .position_alibi import AlibiPositionBias
+from .position_bias import build_position_bias, kernel_bias
+from .position_fire import FirePositionBias
 
 
 def eager_attention(
@@ -53,7 +56,12 @@ def sdpa_attention(
     return output, None
 
 
-ATTENTION_FUNCTIONS = {"eager": eager_attention, "sdpa": sdpa_attention, "fat5": sdpa_attention}
+ATTENTION_FUNCTIONS = {
+    "eager": eager_attention,
+    "sdpa": sdpa_attention,
+    "fat5": sdpa_attention,
+    FLASH_ATTENTION: sdpa_attention,
+}
 """What runs when there is no kernel for a device, or none for a mask."""
 
 
@@ -64,7 +72,7 @@ class FlashT5Attention(nn.Module):
         config: the model's configuration.
         layer_idx: index of the layer in its stack, which is its index in the cache.
         is_decoder: the position bias looks backward only.
-        has_position_bias: the layer owns a table of position biases.
+        has_position_bias: the layer owns the position bias, if the model has one.
     """
 
     def __init__(self, config: FlashT5Config, layer_idx: int, is_decoder: bool, has_position_bias: bool) -> None:
@@ -79,15 +87,7 @@ class FlashT5Attention(nn.Module):
         self.Wq.init_std = (config.d_model * config.d_kv) ** -0.5
         self.Wk.init_std = self.Wv.init_std = config.d_model**-0.5
         self.o.init_std = inner_dim**-0.5
-        self.pe_encoding = None
-        if has_position_bias:
-            self.pe_encoding = RelativePositionBias(
-                config.relative_attention_num_buckets,
-                config.relative_attention_max_distance,
-                config.num_heads,
-                bidirectional=not is_decoder,
-            )
-            self.pe_encoding.relative_attention_bias.init_std = config.d_model**-0.5
+        self.pe_encoding = build_position_bias(config, bidirectional=not is_decoder) if has_position_bias else None
 
     def forward(
         self,
@@ -109,18 +109,23 @@ class FlashT5Attention(nn.Module):
             output_attentions: return the weights, which only the eager implementation can.
 
         Returns:
-            Output, shaped as `hidden_states`; the bias: for the kernels the table `[num_buckets, H]`, else
-            `[B|1, H|1, Lq|1, Lk]`, or None; weights `[B, H, Lq, Lk]` or None.
+            Output, shaped as `hidden_states`; the bias: for the kernels T5's table `[num_buckets, H]` or ALiBi's slopes
+            `[H]`, else `[B|1, H|1, Lq|1, Lk]`, or None; weights `[B, H, Lq, Lk]` or None.
         """
         query = self._split_heads(self.Wq(hidden_states))
+        if mask.rotary is not None:
+            query = mask.rotary.rotate_query(query)
         key, value = self._keys_and_values(hidden_states, mask, key_value_states, past_key_values)
         config, weights = self.config, None
         dropout = config.dropout_rate if self.training else 0.0
         if mask.layout is not None:
-            if bias is None and self.pe_encoding is not None:
-                bias = self.pe_encoding.table()
-            distance = config.relative_attention_max_distance
-            output = fused_attention(query, key, value, bias, mask, distance, config.softmax_scale, dropout)
+            if bias is None:
+                bias = self._kernel_operand(mask, query.dtype)
+            its_bias, scale = kernel_bias(config, bias, mask.causal), config.softmax_scale
+            if config._attn_implementation == FLASH_ATTENTION:
+                output = flash_attention(query, key, value, its_bias, mask.layout, mask.causal, scale, dropout)
+            else:
+                output = fused_attention(query, key, value, its_bias, mask, scale, dropout)
         else:
             if bias is None:
                 bias = mask.additive(self._dense_bias(mask), query.dtype)
@@ -132,10 +137,23 @@ class FlashT5Attention(nn.Module):
         return output, bias, weights
 
     def _dense_bias(self, mask: AttentionMask) -> torch.Tensor | None:
-        """`[1, H, Lq, Lk]`, or None in a layer without a table."""
+        """`[B|1, H, Lq, Lk]`, or None in a layer that owns no bias."""
         if self.pe_encoding is None:
             return None
-        return self.pe_encoding(mask.query_positions, mask.key_positions)
+        if isinstance(self.pe_encoding, FirePositionBias):
+            return self.pe_encoding(*mask.places())
+        return self.pe_encoding(*mask.encoded_positions())
+
+    def _kernel_operand(self, mask: AttentionMask, dtype: torch.dtype) -> torch.Tensor | None:
+        """The bias as the kernels begin with it: T5's table, ALiBi's slopes, or a dense bias in `dtype`."""
+        if self.pe_encoding is None:
+            return None
+        if mask.dense_bias or isinstance(self.pe_encoding, FirePositionBias):
+            dense = self._dense_bias(mask)
+            return None if dense is None else dense.to(dtype)
+        if isinstance(self.pe_encoding, AlibiPositionBias):
+            return self.pe_encoding.slopes(mask.device)
+        return self.pe_encoding.table()
 
     def _split_heads(self, states: torch.Tensor) -> torch.Tensor:
         """`[B, L, H * Dk]` to `[B, H, L, Dk]`."""
@@ -158,6 +176,8 @@ class FlashT5Attention(nn.Module):
             return cached.keys, cached.values
         states = hidden_states if key_value_states is None else key_value_states
         key, value = self._split_heads(self.Wk(states)), self._split_heads(self.Wv(states))
+        if mask.rotary is not None:
+            key = mask.rotary.rotate_key(key)
         if past_key_values is None:
             return key, value
         layout = mask.layout

@@ -63,6 +63,21 @@ class KernelLayout:
     keys: PackedTokens | None = None
     of_stack: bool = False
 
+    def pack(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values `[T, H, Dk]` of a packed layout."""
+        assert self.queries is not None
+        assert self.keys is not None
+        if self.of_stack:
+            return query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
+        return self.queries.gather(query), self.keys.gather(key), self.keys.gather(value)
+
+    def unpack(self, output: torch.Tensor) -> torch.Tensor:
+        """Output `[T, H, Dk]` in the shape in which the queries came."""
+        assert self.queries is not None
+        return output.transpose(0, 1)[None] if self.of_stack else self.queries.scatter(output)
+
 
 def host_may_look(device: torch.device) -> bool:
     """Whether values may be read back from `device`: not while a graph is compiled or captured."""

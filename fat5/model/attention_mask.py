@@ -5,11 +5,15 @@ from dataclasses import dataclass, field
 import torch
 
 from .attention_layout import KernelLayout, host_may_look, packed_layout, padded_layout
+from .flash_attention import FLASH_ATTENTION, flash_serves
 from .ops_attention import DTYPES, MAX_HEAD_DIM, kernels_serve
+from .position_rotary import RotaryTables
 
 
 def kernels_take(implementation: str | None, device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether attention of this kind goes through the kernels, if they can take its mask."""
+    """Whether attention of this kind goes through the kernels, ours or flash-attn's, if they can take its mask."""
+    if implementation == FLASH_ATTENTION:
+        return flash_serves(device, dtype, head_dim)
     return implementation == "fat5" and kernels_serve(device) and dtype in DTYPES and head_dim <= MAX_HEAD_DIM
 
 
@@ -27,6 +31,10 @@ class AttentionMask:
         key_mask: bool `[B, Lk]`, True for real keys; None when all are real.
         query_segments, key_segments: ints `[B, Lq]` and `[B, Lk]`, 0 for padding; a query attends only to keys
             of its own segment. Both or neither.
+        drawn: int64 `[L]`, rising: positions that stand in for 0, 1, 2, ... in self-attention without cached tokens;
+            None where there are none.
+        rotary: what turns queries and keys of self-attention; None without RoPE.
+        dense_bias: the kernels are given the position bias as a matrix, which no packed layout takes.
         layout: how the kernels see the batch; None where a matrix is needed. These are filled by `prepare`.
         allowed: bool `[B|1, 1, Lq|1, Lk]`, True where attention is allowed; None when it is everywhere.
         visible: bool `[B|1, 1, Lq|1, 1]`, False for queries that may attend to nothing; None when there are none.
@@ -42,6 +50,9 @@ class AttentionMask:
     key_mask: torch.Tensor | None = None
     query_segments: torch.Tensor | None = None
     key_segments: torch.Tensor | None = None
+    drawn: torch.Tensor | None = None
+    rotary: RotaryTables | None = None
+    dense_bias: bool = False
     layout: KernelLayout | None = field(default=None, init=False)
     allowed: torch.Tensor | None = field(default=None, init=False)
     visible: torch.Tensor | None = field(default=None, init=False)
@@ -56,20 +67,52 @@ class AttentionMask:
         """int64 `[Lk]`."""
         return torch.arange(self.key_length, device=self.device)
 
+    def encoded_positions(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Positions of queries and keys that their distances are measured by, int64 `[Lq]` and `[Lk]`."""
+        if self.drawn is not None:
+            return self.drawn, self.drawn
+        return self.query_positions, self.key_positions
+
+    def places(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Positions of queries and keys in self-attention, counted from where the sequence of each begins.
+
+        int64 `[B|1, Lq]` and `[B|1, Lk]`, 0 for padding before it.
+        """
+        queries, keys = self.encoded_positions()
+        layout = self.layout
+        if layout is not None and layout.of_stack and layout.queries is not None:
+            starts = layout.queries.cu_seqlens.long()
+            segment = torch.searchsorted(starts, self.key_positions, right=True) - 1
+            places = (self.key_positions - starts[segment])[None]
+            return places, places
+        if self.query_segments is not None:
+            ids = self.query_segments.to(self.device)
+            new = torch.cat([torch.ones_like(ids[:, :1], dtype=torch.bool), ids[:, 1:] != ids[:, :-1]], dim=1)
+            starts = torch.where(new, self.key_positions, 0).cummax(1).values
+            starts = keys[starts]  # [B, L]
+            return queries - starts, keys - starts
+        if self.key_mask is None or (layout is not None and layout.queries is None):
+            return queries[None], keys[None]
+        starts = keys[self.key_mask.to(self.device).int().argmax(1)][:, None]  # [B, 1]
+        return (queries - starts).clamp(min=0), (keys - starts).clamp(min=0)
+
     def prepare(self, implementation: str | None, dtype: torch.dtype, head_dim: int) -> "AttentionMask":
         """Fill what `implementation` needs, and return the mask itself. Called once per stack, not by every layer.
 
-        For "fat5" that is `layout`, if there are kernels for the device, dtype and head dimension that can take this
-        mask; otherwise, and for the other implementations, it is what `build_dense` fills.
+        For "fat5" and flash-attn that is `layout`, if they have kernels for the device, dtype and head dimension that
+        can take this mask; otherwise, and for the other implementations, it is what `build_dense` fills.
         """
         if kernels_take(implementation, self.device, dtype, head_dim):
-            self.layout = self._kernel_layout()
+            self.layout = self._kernel_layout(key_lengths=implementation != FLASH_ATTENTION)
         return self.build_dense() if self.layout is None else self
 
-    def _kernel_layout(self) -> KernelLayout | None:
+    def _kernel_layout(self, key_lengths: bool) -> KernelLayout | None:
         """The layout in which the kernels compute what the matrix says; None if there is none.
 
         In packed layouts (padding not at the end, segments) queries that are padding give zeros.
+
+        Args:
+            key_lengths: padding at the end may stay, and is told by the lengths of the rows.
         """
         if isinstance(self.query_offset, torch.Tensor):
             return None
@@ -80,8 +123,10 @@ class AttentionMask:
         key_mask = None if self.key_mask is None else self.key_mask.to(self.device)
         if self.query_segments is None or self.key_segments is None:
             layout = None if key_mask is None else padded_layout(key_mask)
-            if layout is not None:
+            if layout is not None and (key_lengths or layout.key_lengths is None):
                 return layout
+        if self.dense_bias:
+            return None
         if self.query_length == 1:  # its matrix is a row
             return None
         if not self.cross and self.query_length != self.key_length:

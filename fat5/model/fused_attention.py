@@ -7,16 +7,15 @@ from transformers import AttentionInterface
 
 from .attention_mask import AttentionMask
 from .ops_attention import attention
-from .ops_attention_bias import T5Bias
+from .ops_attention_bias import AlibiBias, DenseBias, T5Bias
 
 
 def fused_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    table: torch.Tensor | None,
+    bias: T5Bias | AlibiBias | DenseBias | None,
     mask: AttentionMask,
-    max_distance: int,
     scale: float,
     dropout: float,
 ) -> torch.Tensor:
@@ -25,10 +24,8 @@ def fused_attention(
     Args:
         query, key, value: `[B, H, Lq, Dk]`, `[B, H, Lk, Dk]`, `[B, H, Lk, Dk]`, one of bf16, fp16, fp32; in a packed
             stack `[1, H, Tq, Dk]`, `[1, H, Tk, Dk]`, `[1, H, Tk, Dk]`.
-        table: T5's position biases `[num_buckets, H]`; None for none. Unless the mask is causal, they tell
-            keys before the query from keys after it.
+        bias: position bias; a dense one only with a mask prepared for that.
         mask: prepared for "fat5", with a layout.
-        max_distance: distance from which on T5's last bucket is used.
         scale: factor on QK^T.
         dropout: probability of dropping an attention weight; 0 outside training.
 
@@ -41,15 +38,11 @@ def fused_attention(
     layout, offset = mask.layout, mask.query_offset
     if layout is None or isinstance(offset, torch.Tensor):
         raise ValueError("This mask is not prepared for the kernels: use the sdpa implementation with it.")
-    bias = None if table is None else T5Bias(table, bidirectional=not mask.causal, max_distance=max_distance)
     options: dict[str, Any] = {"bias": bias, "causal": mask.causal, "scale": scale, "dropout_p": dropout}
     if layout.queries is None or layout.keys is None:
         lengths = None if layout.key_lengths is None else layout.key_lengths.to(query.device)
         return attention(query, key, value, key_lengths=lengths, q_offset=offset, **options)
-    if layout.of_stack:
-        query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))
-    else:
-        query, key, value = layout.queries.gather(query), layout.keys.gather(key), layout.keys.gather(value)
+    query, key, value = layout.pack(query, key, value)
     packed = attention(
         query,
         key,
@@ -60,7 +53,7 @@ def fused_attention(
         max_seqlen_k=layout.keys.longest,
         **options,
     )
-    return packed.transpose(0, 1)[None] if layout.of_stack else layout.queries.scatter(packed)
+    return layout.unpack(packed)
 
 
 def refuse_other_models(module: torch.nn.Module, *_: Any, **__: Any) -> NoReturn:

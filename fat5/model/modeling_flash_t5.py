@@ -7,15 +7,21 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import GenerationMixin
 from transformers.cache_utils import Cache, EncoderDecoderCache
-from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput, Seq2SeqModelOutput
+from transformers.modeling_outputs import Seq2SeqLMOutput, Seq2SeqModelOutput
 from transformers.utils import ModelOutput
 
 from .attention import FlashT5Attention
 from .configuration_flash_t5 import FlashT5Config
+from .encoder_decoder_flash_t5 import FlashT5EncoderDecoder
 from .encoder_flash_t5 import FlashT5EncoderModel
 from .head_flash_t5 import loss_and_logits, places_of_labels
+from .heads_flash_t5 import (
+    FlashT5ForQuestionAnswering,
+    FlashT5ForSequenceClassification,
+    FlashT5ForTokenClassification,
+)
 from .layers_flash_t5 import FlashT5Block
-from .packed_inputs import read_segments, require_a_pair, shift_right, until_last_label
+from .packed_inputs import shift_right
 from .position_encoding import RelativePositionBias
 from .pretrained_flash_t5 import REPEATED_EMBEDDINGS, FlashT5PreTrainedModel
 from .stack_flash_t5 import FlashT5Stack, static_length
@@ -24,6 +30,7 @@ from .stack_flash_t5 import FlashT5Stack, static_length
 if TYPE_CHECKING:
     from .attention_layout import KernelLayout as KernelLayout
     from .attention_mask import AttentionMask as AttentionMask
+    from .flash_attention import flash_attention as flash_attention
     from .fused_attention import fused_attention as fused_attention
     from .fused_linear import fused_linear as fused_linear
     from .ops_attention import attention as attention
@@ -55,6 +62,10 @@ if TYPE_CHECKING:
     from .ops_rms_norm import add_rms_norm as add_rms_norm
     from .ops_rms_norm_kernels import launch_shape as launch_shape
     from .packed_stack import pack_stack as pack_stack
+    from .position_alibi import AlibiPositionBias as AlibiPositionBias
+    from .position_bias import build_position_bias as build_position_bias
+    from .position_fire import FirePositionBias as FirePositionBias
+    from .position_rotary import rotary_tables as rotary_tables
     from .runtime_files import copy_runtime_files as copy_runtime_files
 
 __all__ = [
@@ -62,128 +73,14 @@ __all__ = [
     "FlashT5Block",
     "FlashT5EncoderModel",
     "FlashT5ForConditionalGeneration",
+    "FlashT5ForQuestionAnswering",
+    "FlashT5ForSequenceClassification",
+    "FlashT5ForTokenClassification",
     "FlashT5Model",
     "FlashT5PreTrainedModel",
     "FlashT5Stack",
     "RelativePositionBias",
 ]
-
-
-class FlashT5EncoderDecoder(FlashT5PreTrainedModel):
-    """The two stacks and their embedding, and how they run one after the other."""
-
-    def __init__(self, config: FlashT5Config) -> None:
-        super().__init__(config)
-        self.shared = nn.Embedding(config.vocab_size, config.d_model)
-        self.encoder = FlashT5Stack(config, self.embed, is_decoder=False)
-        self.decoder = FlashT5Stack(config, self.embed, is_decoder=True)
-
-    def run(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        decoder_input_ids: torch.Tensor | None = None,
-        decoder_attention_mask: torch.Tensor | None = None,
-        encoder_outputs: ModelOutput | tuple[torch.Tensor, ...] | None = None,
-        past_key_values: EncoderDecoderCache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        decoder_inputs_embeds: torch.Tensor | None = None,
-        encoder_segment_ids: torch.Tensor | None = None,
-        decoder_segment_ids: torch.Tensor | None = None,
-        encoder_cu_seqlens: torch.Tensor | None = None,
-        decoder_cu_seqlens: torch.Tensor | None = None,
-        encoder_max_length: int | torch.Tensor | None = None,
-        decoder_max_length: int | torch.Tensor | None = None,
-        use_cache: bool | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        labels: torch.Tensor | None = None,
-    ) -> Seq2SeqModelOutput:
-        """Encode, unless `encoder_outputs` are given, and decode.
-
-        Args:
-            input_ids: int64 `[B, Le]`, or `inputs_embeds` `[B, Le, D]`, or `encoder_outputs` of an earlier call.
-            attention_mask: `[B, Le]`, non-zero for real tokens, on either side of the padding.
-            decoder_input_ids: int64 `[B, Ld]`, or `decoder_inputs_embeds` `[B, Ld, D]`.
-            decoder_attention_mask: `[B, past + Ld]`, non-zero for real tokens.
-            encoder_outputs: what the encoder returned, or a tuple of last hidden state, hidden states, attentions.
-            past_key_values: cache of an earlier call, whose tokens come before these.
-            inputs_embeds: see `input_ids`.
-            decoder_inputs_embeds: see `decoder_input_ids`.
-            encoder_segment_ids: ints `[B, Le]`, 0 for padding and 1..n for the examples packed in a row, which do not
-                see each other. Given together with the decoder's, or not at all.
-            decoder_segment_ids: ints `[B, Ld]`; a segment attends to the encoder's segment of the same number.
-            encoder_cu_seqlens: ints `[S + 1]`, in place of segment ids for a stream: examples one behind the other in a
-                single row `[1, T]` without padding, where each of them begins, and T. Given for both sides, or neither.
-            decoder_cu_seqlens: the same of the decoder's row; example s attends to the encoder's example s.
-            encoder_max_length: tokens of the longest example of the encoder's stream, or more; an int, so that nobody
-                has to wait for the device. Counted when left out.
-            decoder_max_length: the same of the decoder's.
-            use_cache: return a cache; None as the configuration says. Never under gradient checkpointing.
-            output_attentions: return attention weights; the call then runs on the eager implementation.
-            output_hidden_states: return all hidden states. Here as in the last one, what is padding has no meaning: on
-                the kernels, which do not compute it, it is zero.
-            labels: int64 `[B, Ld]`, from which decoder inputs are made where there are none; -100 behind the last label
-                of a row is padding.
-
-        Raises:
-            ValueError: if inputs are missing or contradict each other; the message says which.
-        """
-        encoded: Any = encoder_outputs
-        if encoder_outputs is not None and not isinstance(encoder_outputs, ModelOutput):
-            encoded = BaseModelOutput(*encoded)
-        embeds = self.embed(input_ids, inputs_embeds) if encoded is None else encoded.last_hidden_state
-        segments = read_segments(
-            "encoder", embeds.shape, attention_mask, encoder_segment_ids, encoder_cu_seqlens, encoder_max_length
-        )
-        target = next((x for x in (decoder_input_ids, decoder_inputs_embeds, labels) if x is not None), None)
-        decoder_segments = (
-            None
-            if target is None
-            else read_segments(
-                "decoder",
-                target.shape,
-                decoder_attention_mask,
-                decoder_segment_ids,
-                decoder_cu_seqlens,
-                decoder_max_length,
-            )
-        )
-        require_a_pair(segments, decoder_segments)
-        if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
-            ids = None if decoder_segments is None else decoder_segments.ids
-            start, pad = self.config.decoder_start_token_id, self.config.pad_token_id
-            decoder_input_ids = shift_right(labels, ids, start, pad)
-            padded = decoder_attention_mask is None and decoder_segments is None
-            if padded and self.decoder.may_pack(embeds.device, embeds.dtype):
-                decoder_attention_mask = until_last_label(labels)
-        outputs = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
-        if encoded is None:
-            encoded = self.encoder(
-                inputs_embeds=embeds, attention_mask=attention_mask, segments=segments, return_dict=True, **outputs
-            )
-        decoder_outputs = self.decoder(
-            inputs_embeds=self.embed(decoder_input_ids, decoder_inputs_embeds),
-            attention_mask=decoder_attention_mask,
-            segments=decoder_segments,
-            encoder_hidden_states=encoded.last_hidden_state,
-            encoder_attention_mask=attention_mask,
-            encoder_segments=segments,
-            past_key_values=past_key_values,
-            use_cache=self.config.use_cache if use_cache is None else use_cache,
-            return_dict=True,
-            **outputs,
-        )
-        return Seq2SeqModelOutput(
-            last_hidden_state=decoder_outputs.last_hidden_state,
-            past_key_values=decoder_outputs.past_key_values,
-            decoder_hidden_states=decoder_outputs.hidden_states,
-            decoder_attentions=decoder_outputs.attentions,
-            cross_attentions=decoder_outputs.cross_attentions,
-            encoder_last_hidden_state=encoded.last_hidden_state,
-            encoder_hidden_states=encoded.hidden_states,
-            encoder_attentions=encoded.attentions,
-        )
 
 
 class FlashT5Model(FlashT5EncoderDecoder):

@@ -9,7 +9,9 @@ from transformers import PreTrainedModel
 
 from .attention import ATTENTION_FUNCTIONS
 from .configuration_flash_t5 import FlashT5Config
+from .flash_attention import FLASH_ATTENTION, why_not_flash
 from .layers_flash_t5 import FlashT5LayerNorm
+from .position_fire import FirePositionBias
 from .runtime_files import copy_runtime_files
 from .stack_flash_t5 import FlashT5Stack
 
@@ -20,6 +22,7 @@ REPEATED_EMBEDDINGS = [r"^(en|de)coder\.embed_tokens\.weight$"]
 class FlashT5PreTrainedModel(PreTrainedModel):
     """What all FlashT5 models share: loading, saving, initialisation."""
 
+    config: FlashT5Config
     shared: nn.Module
     encoder: FlashT5Stack
     config_class = FlashT5Config
@@ -61,14 +64,19 @@ class FlashT5PreTrainedModel(PreTrainedModel):
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         """The implementation that a request stands for, "sdpa" where there is none.
 
-        "fat5" is resolved call by call: the kernels on the devices that have them, sdpa on others.
+        "fat5" and "flash_attention_2" are resolved call by call: the kernels on the devices that have them, sdpa on
+        others.
 
         Raises:
             ValueError: if FlashT5 has no such implementation.
         """
         implementation = "sdpa" if requested_attention is None else requested_attention
-        if implementation not in ATTENTION_FUNCTIONS:
-            reason = "cannot add T5's position bias" if "flash" in implementation else "does not exist here"
+        reason = None
+        if implementation == FLASH_ATTENTION:
+            reason = why_not_flash(self.config)
+        elif implementation not in ATTENTION_FUNCTIONS:
+            reason = "does not exist here"
+        if reason is not None:
             raise ValueError(
                 f"attn_implementation={implementation!r} {reason}: FlashT5 runs on {', '.join(ATTENTION_FUNCTIONS)}."
             )
@@ -90,5 +98,10 @@ class FlashT5PreTrainedModel(PreTrainedModel):
         factor = self.config.initializer_factor
         if isinstance(module, FlashT5LayerNorm):
             nn.init.constant_(module.weight, factor)
+        elif isinstance(module, FirePositionBias):
+            module.reset_parameters()
         elif isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=factor * getattr(module, "init_std", 1.0))
+            bias = getattr(module, "bias", None)
+            if isinstance(bias, torch.Tensor):
+                nn.init.zeros_(bias)

@@ -13,6 +13,7 @@ from .configuration_flash_t5 import FlashT5Config
 from .layers_flash_t5 import FlashT5Block, FlashT5LayerNorm, add_branch, dropout_probability
 from .packed_inputs import Segments
 from .packed_stack import Rows, pack_stack
+from .position_rotary import RotaryTables, rotary_tables
 
 
 class FlashT5Stack(nn.Module):
@@ -95,13 +96,19 @@ class FlashT5Stack(nn.Module):
             encoder_length = encoder_hidden_states.shape[1]
             encoder_mask = key_mask(encoder_attention_mask, encoder_length)
             cross = Rows((encoder_hidden_states.shape[0], encoder_length), encoder_mask, encoder_segments)
+        drawn = self._draw_positions(length, inputs_embeds.device, past_key_values)
         packed = None
-        if self.may_pack(inputs_embeds.device, inputs_embeds.dtype, implementation) and is_new(past_key_values):
+        if (
+            drawn is None
+            and self.may_pack(inputs_embeds.device, inputs_embeds.dtype, implementation)
+            and is_new(past_key_values)
+        ):
             own = Rows((inputs_embeds.shape[0], length), key_mask(attention_mask, length), segments)
             packed = pack_stack(own, cross, inputs_embeds.device)
         cross_mask = None
         if packed is None:
             mask = self._self_attention_mask(inputs_embeds, attention_mask, segments, past_key_values)
+            mask.drawn, mask.dense_bias = drawn, self.config.has_dense_bias or drawn is not None
             mask.prepare(implementation, inputs_embeds.dtype, self.config.d_kv)
             if cross is not None:
                 cross_mask = cross_attention_mask(length, cross, segments, inputs_embeds.device)
@@ -113,6 +120,8 @@ class FlashT5Stack(nn.Module):
                 cross_mask = packed.cross_attention()
                 encoder_hidden_states = packed.keys.pack(encoder_hidden_states)
 
+        if self.config.position_encoding_type == "RoPE":
+            mask.rotary = self._rotary_tables(mask)
         hidden_states = self.dropout(inputs_embeds)
         all_hidden_states, all_weights, all_cross_weights = [], [], []
         wide = self.config.residual_in_fp32
@@ -152,7 +161,38 @@ class FlashT5Stack(nn.Module):
 
     def may_pack(self, device: torch.device, dtype: torch.dtype, implementation: str | None = None) -> bool:
         """Whether the kernels serve states of this kind, so that the stack may run without padding."""
+        if self.config.has_dense_bias:
+            return False
         return kernels_take(implementation or self.config._attn_implementation, device, dtype, self.config.d_kv)
+
+    def _draw_positions(
+        self, length: int, device: torch.device, past_key_values: EncoderDecoderCache | None
+    ) -> torch.Tensor | None:
+        """Random positions int64 `[L]` for a call in training, rising from 0; None where they are 0, 1, 2, ...
+
+        Raises:
+            ValueError: if there are fewer to draw from than tokens, or earlier tokens whose positions are unknown.
+        """
+        if not (self.training and self.config.use_randomized_position_encoding):
+            return None
+        available = self.config.max_sequence_length
+        if length > available:
+            raise ValueError(f"{length} tokens cannot be spread over `max_sequence_length` {available} positions.")
+        if not is_new(past_key_values):
+            raise ValueError("Random positions cannot be continued from a cache: generate in evaluation mode.")
+        drawn = torch.randperm(available, device=device)[:length].sort().values
+        return torch.cat([torch.zeros_like(drawn[:1]), drawn[1:]])
+
+    def _rotary_tables(self, mask: AttentionMask) -> RotaryTables:
+        config = self.config
+        return rotary_tables(
+            mask.places()[0],
+            config.rotary_size,
+            config.rotary_base,
+            config.rotary_interleaved,
+            config.rotary_scale_base,
+            center=config.max_sequence_length // 2,
+        )
 
     def _self_attention_mask(
         self,

@@ -48,6 +48,8 @@ def test_json_round_trip(tmp_path, fields):
         "vocab_size d_model d_kv d_ff num_layers num_decoder_layers num_heads relative_attention_num_buckets "
         "relative_attention_max_distance relative_attention_per_layer position_encoding_type attention_scale "
         "feed_forward_proj dropout_rate layer_norm_epsilon initializer_factor tie_word_embeddings "
+        "alibi_mode rotary_emb_fraction rotary_base rotary_interleaved rotary_scale_base fire_mlp_width "
+        "use_randomized_position_encoding max_sequence_length head_reads_decoder classifier_dropout "
         "scale_decoder_outputs pad_token_id eos_token_id decoder_start_token_id is_encoder_decoder"
     )
     for name in documented.split():
@@ -77,6 +79,15 @@ def test_published_fields_replace_the_stale_feed_forward(published, expected):
     assert config.feed_forward_proj == expected
     assert config.dense_act_fn in ACT2FN
     assert not set(published) & set(config.to_dict())
+
+
+def test_positions_are_spelt_as_published_or_rightly():
+    for spelling in ("symetric", "symmetric"):
+        assert FlashT5Config(alibi_mode=spelling).alibi_mode == "symmetric"
+    for spelling in ("asymetric", "asymmetric"):
+        assert FlashT5Config(alibi_mode=spelling).alibi_mode == "asymmetric"
+    assert FlashT5Config(position_encoding_type="alibi").position_encoding_type == "ALiBi"
+    assert FlashT5Config(position_encoding_type=None).position_encoding_type == "none"
 
 
 def test_published_conventions():
@@ -130,8 +141,15 @@ def test_decoder_view_counts_the_layers_of_the_decoder():
         ({"feed_forward_proj": "gated-swishy"}, "gated-swishy"),
         ({"feed_forward_proj": "gated"}, "gated"),
         ({"feed_forward_proj": "gelu-gated-x"}, "gelu-gated-x"),
-        ({"position_encoding_type": "RoPE"}, "RoPE"),
-        ({"position_encoding_type": "ALiBi"}, "ALiBi"),
+        ({"position_encoding_type": "learned"}, "learned"),
+        ({"alibi_mode": "left"}, "alibi_mode"),
+        ({"position_encoding_type": "ALiBi", "alibi_mode": "asymetric", "num_heads": 3}, "num_heads"),
+        ({"rotary_base": 0}, "rotary_base"),
+        ({"rotary_scale_base": -1.0}, "rotary_scale_base"),
+        ({"rotary_emb_fraction": 1.5}, "rotary_emb_fraction"),
+        ({"position_encoding_type": "RoPE", "d_kv": 6, "rotary_emb_fraction": 0.5}, "rotary_emb_fraction"),
+        ({"fire_mlp_width": 0}, "fire_mlp_width"),
+        ({"max_sequence_length": 0}, "max_sequence_length"),
         ({"relative_attention_num_buckets": 2}, "relative_attention_num_buckets"),
         ({"relative_attention_max_distance": 16}, "relative_attention_max_distance"),
     ],
@@ -150,7 +168,7 @@ def test_nonsense_is_refused_by_name(fields, named):
     ],
 )
 def test_attention_implementations_that_do_not_exist_are_refused(implementation, reason):
-    with pytest.raises(ValueError, match=f"{implementation}.*{reason}.*eager, sdpa, fat5"):
+    with pytest.raises(ValueError, match=f"{implementation}.*{reason}.*eager, sdpa, fat5, flash_attention_2"):
         FlashT5ForConditionalGeneration(FlashT5Config(**SHAPE, attn_implementation=implementation))
 
 
