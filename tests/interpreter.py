@@ -53,7 +53,7 @@ def _let_numpy_2_4_bound_loops() -> None:
 
 LAYER_KERNELS = (
     "fused_linear",
-    "head_flash_t5",
+    "lm_head_flash_t5",
     "ops_cross_entropy",
     "ops_gated_act",
     "ops_linear_cross_entropy",

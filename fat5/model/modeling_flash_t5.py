@@ -14,13 +14,13 @@ from .attention import FlashT5Attention
 from .configuration_flash_t5 import FlashT5Config
 from .encoder_decoder_flash_t5 import FlashT5EncoderDecoder
 from .encoder_flash_t5 import FlashT5EncoderModel
-from .head_flash_t5 import loss_and_logits, places_of_labels
 from .heads_flash_t5 import (
     FlashT5ForQuestionAnswering,
     FlashT5ForSequenceClassification,
     FlashT5ForTokenClassification,
 )
 from .layers_flash_t5 import FlashT5Block
+from .lm_head_flash_t5 import loss_and_logits, places_of_labels
 from .packed_inputs import shift_right
 from .position_encoding import RelativePositionBias
 from .pretrained_flash_t5 import REPEATED_EMBEDDINGS, FlashT5PreTrainedModel

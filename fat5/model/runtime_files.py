@@ -19,7 +19,7 @@ RUNTIME_FILES = (
     "flash_attention.py",
     "fused_attention.py",
     "fused_linear.py",
-    "head_flash_t5.py",
+    "lm_head_flash_t5.py",
     "ops_attention.py",
     "ops_attention_backward.py",
     "ops_attention_backward_configs.py",
