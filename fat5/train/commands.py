@@ -9,18 +9,21 @@ from pathlib import Path
 
 import click
 
+from fat5.train.recipes_command import RecipeFile
+
 # \b keeps click from filling the lines that follow.
 EXAMPLES = """\b
 Examples:
   fat5 pretrain recipes/ul2.yaml
   fat5 pretrain recipes/ul2.yaml --set 'data.train=[{files: [a.txt, b.txt]}]' --set training.learning_rate=3e-4
+  fat5 pretrain recipes/ul2.yaml --dry-run
   fat5 pretrain recipes/ul2.yaml --resume runs/ul2/checkpoints/checkpoint-2000
   torchrun --nproc-per-node 8 -m fat5.cli pretrain recipes/ul2.yaml
 """
 
 
 @click.command(epilog=EXAMPLES)
-@click.argument("recipe", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("recipe", type=RecipeFile())
 @click.option(
     "--set",
     "changes",
@@ -37,7 +40,8 @@ Examples:
     help="auto: continue from the newest checkpoint in output.folder, if there is one. never: start afresh. "
     "A path: continue from that checkpoint.",
 )
-def pretrain(recipe: Path, changes: tuple[str, ...], resume: str) -> None:
+@click.option("--dry-run", is_flag=True, help="Check everything that can be checked in seconds, and train nothing.")
+def pretrain(recipe: Path, changes: tuple[str, ...], resume: str, dry_run: bool) -> None:
     """Train a FAT5 model as RECIPE, a YAML file, says.
 
     The paths in a recipe are relative to the current folder. The run writes into output.folder: the recipe as it
@@ -54,6 +58,7 @@ def pretrain(recipe: Path, changes: tuple[str, ...], resume: str) -> None:
 
     from fat5.train.errors import Stopped, TrainingError
     from fat5.train.folder import RunFolder
+    from fat5.train.preflight import preflight
     from fat5.train.recipe import RecipeError, load_recipe
     from fat5.train.report import describe_run
     from fat5.train.run import pretrain as run
@@ -63,6 +68,11 @@ def pretrain(recipe: Path, changes: tuple[str, ...], resume: str) -> None:
     logging.disable_progress_bar()  # of loading and saving; the run has its own
     try:
         read = load_recipe(recipe, changes)
+        if dry_run:
+            for line in preflight(read):
+                if first:
+                    click.echo(line)
+            return
         log = run(read, resume)
     except Stopped as stopped:
         click.echo(str(stopped), err=True)
