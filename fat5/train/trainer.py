@@ -233,8 +233,8 @@ class PretrainingTrainer(Trainer):
             raise TrainingError(self._not_saved(name, error)) from error
         finally:
             self._written_to = self.checkpoints
-        if self.args.should_save:
-            checkpoints.rotate(self.checkpoints, self.args.save_total_limit or 1)
+        if self.args.should_save and self.args.save_total_limit is not None:
+            checkpoints.rotate(self.checkpoints, self.args.save_total_limit)
         self.accelerator.wait_for_everyone()
 
     def _not_saved(self, name: str, error: Exception) -> str:

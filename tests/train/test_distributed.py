@@ -143,3 +143,25 @@ def test_the_repo_of_a_sharded_run_is_whole_and_exports(two, toy, tmp_path):
     before = AutoModelForSeq2SeqLM.from_pretrained(toy.model, trust_remote_code=True).eval()
     assert (before(input_ids=ids, decoder_input_ids=ids).logits - logits[1]).abs().max() > 1e-3
     assert load_recipe(two / "run" / "recipe.yaml").training.parallel == "fsdp"
+
+
+def test_sharded_bf16_weights_resume_bit_by_bit(group, tmp_path):
+    """The moments in fp32 and the compensations among what a sharded checkpoint holds."""
+
+    def run(resume=None):
+        model = toy_model(dropout_rate=0.1).bfloat16()
+        shard(model, torch.device("cpu"))
+        options = SCALED | {"precision": "bf16_kahan"}
+        trainer = make_trainer(tmp_path / str(resume), steps=4, model=model, options=options, eval_strategy="no")
+        trainer.train(resume_from_checkpoint=resume)
+        state = trainer.optimizer.optimizer.state[trainer.model.shared.weight]
+        return whole_weights(trainer.model), {name: s.full_tensor() for name, s in state.items() if name != "step"}
+
+    weights, state = run()
+    resumed, its_state = run(str(tmp_path / "None" / "checkpoints" / "checkpoint-2"))
+    dtypes = {name: tensor.dtype for name, tensor in its_state.items()}
+    assert dtypes == {"exp_avg": torch.float32, "exp_avg_sq": torch.float32, "compensation": torch.bfloat16}
+    for expected, found in ((weights, resumed), (state, its_state)):
+        assert expected.keys() == found.keys()
+        for name in expected:
+            assert torch.equal(expected[name], found[name]), name
