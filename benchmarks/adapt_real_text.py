@@ -28,7 +28,8 @@ from fat5.model import FlashT5Config, FlashT5ForConditionalGeneration
 from fat5.train.data import RunData, load_data
 from fat5.train.held_out import mean_and_error, measure
 from fat5.train.load import load_model, load_tokenizer
-from fat5.train.recipe import EvaluationOptions, ModelOptions, OutputOptions, Recipe, TrainingOptions
+from fat5.train.options import EvaluationOptions, ModelOptions, OutputOptions, TrainingOptions
+from fat5.train.recipe import Recipe
 from fat5.train.run import pretrain
 from fat5convert.cli import main as fat5convert
 
@@ -100,8 +101,8 @@ def held_out_loss(model: torch.nn.Module, data: RunData) -> float:
     def forward(batch: Mapping[str, Tensor]) -> Tensor:
         return model(**{key: batch[key] for key in ("input_ids", "attention_mask", "labels")}).logits
 
-    losses, targets, _ = measure(forward, batches)
-    return mean_and_error(losses, targets)[0]
+    examples = measure(forward, batches)
+    return mean_and_error(examples.losses, examples.targets)[0]
 
 
 def new_domain(data: Path, out: Path, steps: int) -> dict[str, Any]:

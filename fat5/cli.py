@@ -7,6 +7,7 @@ import click
 # Where each command is; it is imported when it is used, since torch and transformers take seconds to import.
 COMMANDS = {
     "pretrain": "fat5.train.commands:pretrain",
+    "recipes": "fat5.train.recipes_command:recipes",
     "tokenize": "fat5.data.commands:tokenize",
     "train-tokenizer": "fat5.data.commands:train_tokenizer",
     "data": "fat5.data.commands:data",

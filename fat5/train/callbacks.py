@@ -1,14 +1,12 @@
-"""What is seen and kept while a run goes on: the progress bar, the log, and the guard of the gradients."""
+"""What is seen and kept while a run goes on: the progress bar and the log."""
 
 import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState
-
-from fat5.train.errors import TrainingError
+from transformers.trainer_utils import IntervalStrategy
 
 
 class ProgressBar(TrainerCallback):
@@ -28,7 +26,10 @@ class ProgressBar(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         logs = kwargs["logs"]
         if self.bar is not None and "loss" in logs:
-            self.bar.set_postfix(loss=f"{logs['loss']:.3f}", lr=f"{logs['learning_rate']:.2e}")
+            shown = {"loss": f"{logs['loss']:.3f}", "lr": f"{logs['learning_rate']:.2e}"}
+            if "tokens_per_second" in logs:
+                shown["tokens/s"] = f"{logs['tokens_per_second']:,.0f}"
+            self.bar.set_postfix(shown)
 
     def on_evaluate(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if self.bar is not None:
@@ -64,23 +65,10 @@ class JsonLines(TrainerCallback):
                 file.write(json.dumps(state.log_history[-1]) + "\n")
 
 
-class LogLastStep(TrainerCallback):
-    """Logs the last step even where the run's length is no multiple of the logging interval."""
+class LastStep(TrainerCallback):
+    """Logs and evaluates the last step even where the run's length is no multiple of the intervals."""
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps:
             control.should_log = True
-
-
-class StopOnBadGradient(TrainerCallback):
-    """Stops the run before a gradient that is not finite reaches the weights."""
-
-    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        parameters = kwargs["model"].parameters()
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        if not torch.isfinite(norm):
-            raise TrainingError(
-                f"a gradient became {norm.item()} at step {state.global_step + 1}, with a finite loss; "
-                "the run was stopped before the weights were changed. Lower training.learning_rate or use "
-                "training.precision=fp32, and start again"
-            )
+            control.should_evaluate = args.eval_strategy != IntervalStrategy.NO

@@ -1,37 +1,118 @@
-"""Which checkpoint a run continues from."""
+"""Checkpoints that are whole or not there, and which of them a run continues from."""
 
+import json
+import os
+import shutil
+import sys
 from pathlib import Path
 
+from safetensors import SafetensorError
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from fat5.train.errors import TrainingError
 
-# `Trainer` writes it after everything else, so a checkpoint that has it is whole.
-LAST_WRITTEN = "trainer_state.json"
+MARKER = "complete.json"
+"""Written last, with the size of every other file: a checkpoint without it, or unlike it, is not taken."""
+
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
+"""What a full disk comes as: torch and safetensors have their own."""
+
+STAGING = ".incomplete"
+"""Where, beside the checkpoints, one is written before it gets its name."""
+
+
+def defect(path: Path) -> str | None:
+    """Say what is wrong with a checkpoint; None if it is whole."""
+    try:
+        files = json.loads((path / MARKER).read_text(encoding="utf-8"))["files"]
+    except FileNotFoundError:
+        return f"{MARKER} is missing"
+    except (ValueError, KeyError, TypeError):
+        return f"{MARKER} is damaged"
+    for name, size in files.items():
+        if not (path / name).is_file():
+            return f"{name} is missing"
+        if (found := (path / name).stat().st_size) != size:
+            return f"{name} has {found} bytes where {size} were written"
+    return None
+
+
+def seal(staged: Path, final: Path) -> None:
+    """Turn a folder into a checkpoint: the marker, everything on the disk, then the name.
+
+    Args:
+        staged: the folder, on the same file system as `final`.
+        final: its name from now on; an older checkpoint of that name is replaced.
+
+    Raises:
+        OSError: the disk is full or does not take it; `final` is as it was.
+    """
+    sizes = {str(p.relative_to(staged)): p.stat().st_size for p in sorted(staged.rglob("*")) if p.is_file()}
+    (staged / MARKER).write_text(json.dumps({"files": sizes}, indent=2) + "\n", encoding="utf-8")
+    put_in_place(staged, final)
+
+
+def put_in_place(staged: Path, final: Path) -> None:
+    """Give a folder its name, after all that is in it has reached the disk; what had that name is replaced.
+
+    Raises:
+        OSError: the disk is full or does not take it; `final` is as it was.
+    """
+    for path in (*staged.rglob("*"), staged):
+        _flush(path)
+    old = final.with_name(f"{STAGING}-replaced")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        final.rename(old)
+    staged.rename(final)
+    _flush(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def by_step(folder: Path) -> dict[int, Path]:
+    """List the folders that are named as checkpoints, whole or not, by their step."""
+    names = ((path, path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")) for path in folder.glob("*"))
+    return {int(step): path for path, step in names if step.isdigit() and path.is_dir()}
+
+
+def rotate(folder: Path, keep: int) -> None:
+    """Delete all but the last `keep` checkpoints."""
+    found = by_step(folder)
+    for step in sorted(found)[:-keep]:
+        (found[step] / MARKER).unlink(missing_ok=True)  # first, so that half of it is never taken for a whole
+        shutil.rmtree(found[step], ignore_errors=True)
 
 
 def newest(folder: Path) -> Path | None:
-    """Return the complete checkpoint of the most steps in a folder, or None."""
-    found = {
-        int(path.parent.name.rsplit("-", 1)[1]): path.parent
-        for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{LAST_WRITTEN}")
-        if path.parent.name.rsplit("-", 1)[1].isdigit()
-    }
-    return found[max(found)] if found else None
+    """Return the whole checkpoint of the most steps in a folder, or None; a damaged one is told of and passed over."""
+    found = by_step(folder)
+    for step in sorted(found, reverse=True):
+        if (wrong := defect(found[step])) is None:
+            return found[step]
+        print(f"{found[step]} is not whole ({wrong}) and is passed over", file=sys.stderr)
+    return None
 
 
 def choose(resume: str, folder: Path) -> Path | None:
     """Decide where a run starts.
 
     Args:
-        resume: `auto` (the newest complete checkpoint in `folder`, if any), `never`, or a checkpoint's path.
+        resume: `auto` (the newest whole checkpoint in `folder`, if any), `never`, or a checkpoint's path.
         folder: where the run keeps its checkpoints.
 
     Returns:
         The checkpoint to continue from, or None for a fresh start.
 
     Raises:
-        TrainingError: a path without a complete checkpoint, or `never` where an earlier run has left some.
+        TrainingError: a path without a whole checkpoint, or `never` where an earlier run has left some.
     """
     if resume == "auto":
         return newest(folder)
@@ -42,7 +123,6 @@ def choose(resume: str, folder: Path) -> Path | None:
                 "give another output.folder, or delete the old one"
             )
         return None
-    path = Path(resume)
-    if not (path / LAST_WRITTEN).is_file():
-        raise TrainingError(f"--resume {path}: not a complete checkpoint ({LAST_WRITTEN} is missing)")
-    return path
+    if (wrong := defect(Path(resume))) is not None:
+        raise TrainingError(f"--resume {resume}: not a complete checkpoint ({wrong})")
+    return Path(resume)

@@ -12,7 +12,10 @@ from fat5.data.batches import BatchDataset
 from fat5.data.setup import open_mixture, open_windows, streamed_batches, training_batches
 from fat5.data.stream import StreamBatches
 from fat5.train.errors import TrainingError
-from fat5.train.recipe import EvaluationOptions, Recipe
+from fat5.train.options import EvaluationOptions
+from fat5.train.recipe import Recipe
+
+_SHOWN_TOKENS = 24
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,15 @@ class RunData:
     def denoisers(self) -> list[str]:
         """The denoisers' names as they appear in the log, `[R] span mu=3 r=0.15` as `R-span-mu3-r0.15`."""
         return [name.translate(str.maketrans(" ", "-", "[]=")) for name in self.mixture.names]
+
+    def describe(self, number: int, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+        """Say which examples batch `number` holds: its number, theirs, and how each begins. Not of streamed corpora."""
+        assert isinstance(self.batches, BatchDataset), "streamed batches have no numbers"
+        gathered = self.batches.gather(number)
+        return [
+            {"batch": number, "example": index, "text": tokenizer.decode(tokens[:_SHOWN_TOKENS].tolist())}
+            for index, tokens in zip(gathered.index.tolist(), gathered.tokens, strict=True)
+        ]
 
 
 def load_data(

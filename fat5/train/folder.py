@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
 
 @dataclass(frozen=True)
 class RunFolder:
@@ -26,9 +28,28 @@ class RunFolder:
         return self.root / "loss.png"
 
     @property
+    def page(self) -> Path:
+        """The page with curves, figures and samples."""
+        return self.root / "report.html"
+
+    @property
+    def samples(self) -> Path:
+        """What the model generated before and after."""
+        return self.root / "samples.json"
+
+    @property
+    def bad_steps(self) -> Path:
+        """One JSON line for each step with which something was wrong, and its examples."""
+        return self.root / "bad_steps.jsonl"
+
+    @property
     def checkpoints(self) -> Path:
         """What an interrupted run continues from."""
         return self.root / "checkpoints"
+
+    def checkpoint(self, step: int) -> Path:
+        """The checkpoint after `step` updates."""
+        return self.checkpoints / f"{PREFIX_CHECKPOINT_DIR}-{step}"
 
     @property
     def model(self) -> Path:

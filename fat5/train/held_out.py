@@ -1,28 +1,64 @@
-"""The held-out loss, over all denoisers together and for each one."""
+"""The held-out loss and accuracy, over all denoisers together and for each one."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 Forward = Callable[[Mapping[str, Tensor]], Tensor]
-Columns = tuple[Tensor, Tensor, Tensor]
+Columns = tuple[Tensor, ...]
 Gather = Callable[[Columns], Columns]
 
 
-def example_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum the cross-entropy over each example's targets.
+@dataclass(frozen=True)
+class Examples:
+    """What the held-out examples came to.
+
+    Attributes:
+        losses: [N] summed loss of each, nats.
+        targets: [N] number of targets of each.
+        correct: [N] targets to which the model gave the highest probability.
+        z: [N] sum over the targets of log²(Z), Z the sum of the exponentials that the softmax divides by: the z-loss of
+            Mesh TensorFlow and PaLM, without its coefficient.
+        denoiser: [N] int64, which denoiser corrupted each. The others are fp64.
+    """
+
+    losses: Tensor
+    targets: Tensor
+    correct: Tensor
+    z: Tensor
+    denoiser: Tensor
+
+    def of(self, chosen: Tensor) -> "Examples":
+        """Take some of the examples."""
+        return Examples(*(column[chosen] for column in self.columns))
+
+    @property
+    def columns(self) -> Columns:
+        """All columns, in order."""
+        return self.losses, self.targets, self.correct, self.z, self.denoiser
+
+
+def example_sums(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Sum over each example's targets.
 
     Args:
         logits: [B, L, V], any floating dtype; the softmax is taken in fp32.
         labels: [B, L] int64, -100 where there is no target.
 
     Returns:
-        The summed loss in nats [B] and the number of targets [B], both fp64.
+        Loss in nats, number of targets, correct ones, and log²(Z); each [B] fp64.
     """
-    per_token = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none")  # 0 at -100
-    return per_token.view_as(labels).double().sum(1), (labels != -100).sum(1).double()
+    real = labels != -100
+    precise = logits.float()
+    per_token = F.cross_entropy(precise.flatten(0, 1), labels.flatten(), reduction="none")  # 0 at -100
+    z = precise.logsumexp(-1).square().masked_fill(~real, 0)
+    correct = (logits.argmax(-1) == labels) & real
+    sums = [per_token.view_as(labels), real, correct, z]
+    loss, targets, right, squares = (x.double().sum(1) for x in sums)
+    return loss, targets, right, squares
 
 
 def mean_and_error(losses: Tensor, targets: Tensor) -> tuple[float, float | None]:
@@ -40,47 +76,47 @@ def mean_and_error(losses: Tensor, targets: Tensor) -> tuple[float, float | None
     return mean.item(), ((spread * n / (n - 1)).sqrt() / total).item()
 
 
-def summarise(losses: Tensor, targets: Tensor, denoiser: Tensor, names: Sequence[str], prefix: str) -> dict[str, float]:
-    """Give the figures to log: `{prefix}_loss` over all, `{prefix}_{denoiser}_loss`, their errors (`_se`).
+def summarise(examples: Examples, names: Sequence[str], prefix: str) -> dict[str, float]:
+    """Give the figures to log.
+
+    `{prefix}_loss` over all and `{prefix}_{denoiser}_loss`, their standard errors (`_se`), `..._accuracy` likewise
+    (share of the targets), and `{prefix}_log_z_squared`, the mean over all targets.
 
     Args:
-        losses: [N] summed loss of each example, nats.
-        targets: [N] number of targets of each.
-        denoiser: [N] which of `names` corrupted each. A denoiser that corrupted none is left out.
-        names: the denoisers, in the order of their ids.
+        examples: all of them.
+        names: the denoisers, in the order of their ids; one that corrupted no example is left out.
         prefix: what the names of the figures begin with.
     """
-    everything = torch.ones_like(denoiser, dtype=torch.bool)
-    groups = {f"{prefix}_loss": everything}
+    denoiser = examples.denoiser
+    groups = {prefix: torch.ones_like(denoiser, dtype=torch.bool)}
     for i, name in enumerate(names):  # denoisers of one name do the same thing, and are one group
-        key = f"{prefix}_{name}_loss"
-        groups[key] = groups.get(key, torch.zeros_like(everything)) | (denoiser == i)
+        key = f"{prefix}_{name}"
+        groups[key] = groups.get(key, torch.zeros_like(denoiser, dtype=torch.bool)) | (denoiser == i)
     figures: dict[str, float] = {}
-    for key, its in groups.items():
-        if its.any():
-            figures[key], error = mean_and_error(losses[its], targets[its])
+    for key, chosen in groups.items():
+        if chosen.any():
+            its = examples.of(chosen)
+            figures[f"{key}_loss"], error = mean_and_error(its.losses, its.targets)
             if error is not None:
-                figures[f"{key}_se"] = error
+                figures[f"{key}_loss_se"] = error
+            figures[f"{key}_accuracy"] = (its.correct.sum() / its.targets.sum()).item()
+    figures[f"{prefix}_log_z_squared"] = (examples.z.sum() / examples.targets.sum()).item()
     return figures
 
 
 @torch.no_grad()
 def measure(
     forward: Forward, batches: Iterable[Mapping[str, Tensor]], gather: Gather = lambda columns: columns
-) -> Columns:
+) -> Examples:
     """Run over the held-out batches.
 
     Args:
         forward: batch to logits [B, L, V].
         batches: what the collator makes, `denoiser` included.
         gather: collects a batch's columns from all processes.
-
-    Returns:
-        For each example its summed loss and number of targets (fp64) and its denoiser (int64).
     """
     columns = []
     for batch in batches:
-        losses, targets = example_losses(forward(batch), batch["labels"])
-        columns.append(gather((losses, targets, batch["denoiser"])))
-    losses, targets, denoiser = (torch.cat(column) for column in zip(*columns, strict=True))
-    return losses, targets, denoiser
+        sums = example_sums(forward(batch), batch["labels"])
+        columns.append(gather((*sums, batch["denoiser"])))
+    return Examples(*(torch.cat(column) for column in zip(*columns, strict=True)))

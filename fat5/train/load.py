@@ -10,11 +10,12 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBas
 from fat5.model.configuration_flash_t5 import FlashT5Config
 from fat5.model.modeling_flash_t5 import FlashT5ForConditionalGeneration
 from fat5.train.errors import TrainingError
-from fat5.train.recipe import ModelOptions
+from fat5.train.options import ModelOptions
+from fat5.train.recipe import Recipe
 
 
-def load_model(options: ModelOptions) -> FlashT5ForConditionalGeneration:
-    """Load a FAT5 repo's weights in fp32, from a folder or the Hub.
+def load_model(options: ModelOptions, *, bf16: bool = False) -> FlashT5ForConditionalGeneration:
+    """Load a FAT5 repo's weights, from a folder or the Hub, in fp32 or rounded to bf16.
 
     The code is this package's, which is what the repo ships too, so no remote code is run.
 
@@ -22,7 +23,10 @@ def load_model(options: ModelOptions) -> FlashT5ForConditionalGeneration:
         TrainingError: nothing is at the path, it is no FAT5 repo, or its weights do not fit its config.
     """
     _require_fat5(options)
-    overrides: dict[str, Any] = {"dtype": torch.float32, "revision": options.revision or "main"}
+    overrides: dict[str, Any] = {
+        "dtype": torch.bfloat16 if bf16 else torch.float32,
+        "revision": options.revision or "main",
+    }
     if options.dropout_rate is not None:
         overrides["dropout_rate"] = options.dropout_rate
     if options.attn_implementation is not None:
@@ -39,8 +43,56 @@ def load_model(options: ModelOptions) -> FlashT5ForConditionalGeneration:
     return model
 
 
+def fresh_model(
+    options: ModelOptions, tokenizer: PreTrainedTokenizerBase, seed: int, *, bf16: bool = False
+) -> FlashT5ForConditionalGeneration:
+    """Make a model of new weights, of the architecture that a recipe describes, for a tokenizer.
+
+    The embedding has a row for each id, and rows up to a multiple of 128, which matrix products on a GPU want.
+
+    Raises:
+        TrainingError: the architecture names something that a FlashT5Config does not have, or does not fit together.
+    """
+    known = FlashT5Config().to_dict()
+    if unknown := sorted(set(options.fresh or {}) - set(known)):
+        raise TrainingError(f"model.fresh.{unknown[0]} is nothing that FlashT5Config has; known: {', '.join(known)}")
+    values: dict[str, Any] = {
+        "vocab_size": -(-len(tokenizer) // 128) * 128,
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "decoder_start_token_id": tokenizer.pad_token_id,
+    }
+    values |= options.fresh or {}
+    if options.dropout_rate is not None:
+        values["dropout_rate"] = options.dropout_rate
+    if options.attn_implementation is not None:
+        values["attn_implementation"] = options.attn_implementation
+    torch.manual_seed(seed)
+    try:
+        model = FlashT5ForConditionalGeneration(FlashT5Config(**values))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TrainingError(f"model.fresh makes no model: {error}") from error
+    return model.bfloat16() if bf16 else model
+
+
+def load_or_make(recipe: Recipe) -> tuple[FlashT5ForConditionalGeneration, PreTrainedTokenizerBase]:
+    """Give the model and the tokenizer of a run.
+
+    Raises:
+        TrainingError: what `load_model`, `fresh_model` or `load_tokenizer` say.
+    """
+    options, bf16 = recipe.model, recipe.training.precision.startswith("bf16_")
+    if options.fresh is None:
+        model = load_model(options, bf16=bf16)
+        return model, load_tokenizer(options, model.config)
+    tokenizer = load_tokenizer(options, FlashT5Config())
+    return fresh_model(options, tokenizer, recipe.training.seed, bf16=bf16), tokenizer
+
+
 def own_dropout(options: ModelOptions) -> float:
-    """Read the dropout rate that the repo's configuration states, whatever the run uses."""
+    """Read the dropout rate that the repo's configuration, or a fresh model's, states, whatever the run uses."""
+    if options.fresh is not None:
+        return FlashT5Config(**options.fresh).dropout_rate
     return FlashT5Config.from_pretrained(options.path, revision=options.revision or "main").dropout_rate
 
 

@@ -1,71 +1,57 @@
-"""The picture and the summary that a run leaves behind."""
+"""What a run leaves behind for people: picture, page, the table on the screen, the summary beside the weights."""
 
-from collections.abc import Mapping, Sequence
+import json
+import platform
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+import torch
 
-Log = Sequence[Mapping[str, Any]]
-
-# Okabe and Ito's colours, which people with any colour vision tell apart.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#8a7500")
-
-
-def held_out_curves(log: Log) -> dict[str, tuple[list[int], list[float], list[float]]]:
-    """Collect the evaluations of a log as name -> (steps, losses, standard errors), nats per target token.
-
-    Sorted by name, which is "" for the loss over all denoisers.
-    """
-    curves: dict[str, tuple[list[int], list[float], list[float]]] = {}
-    for entry in log:
-        for key, value in entry.items():
-            if key.startswith("eval_") and key.endswith("loss"):
-                name = key.removeprefix("eval_").removesuffix("loss").removesuffix("_")
-                steps, losses, errors = curves.setdefault(name, ([], [], []))
-                steps.append(entry["step"])
-                losses.append(value)
-                errors.append(entry.get(f"{key}_se", 0.0))  # a single example has none
-    return dict(sorted(curves.items()))
+from fat5.train.figures import Log, held_out_curves, loss_figure
+from fat5.train.folder import RunFolder
+from fat5.train.page import write_page
+from fat5.train.recipe import Recipe, recipe_text
+from fat5.train.samples import read_samples
+from fat5.train.typed import to_plain
 
 
-def draw_losses(log: Log, path: Path, title: str) -> None:
-    """Draw a run's losses: training and held-out on the left, held-out by denoiser on the right, as a PNG.
+def write_report(recipe: Recipe, folder: RunFolder, model: Path, log: Log, facts: dict[str, str]) -> None:
+    """Write picture and page into a run's folder, and the summary into the model's.
 
     Args:
-        log: the entries of `log.jsonl`.
-        path: the picture's file.
-        title: what the run is called in the picture.
+        recipe: the run's.
+        folder: the run's.
+        model: where the trained model lies by now.
+        log: the run's log.
+        facts: what the page is to say of the run beside versions.
     """
-    curves = held_out_curves(log)
-    train = [(entry["step"], entry["loss"]) for entry in log if "loss" in entry]
-    figure = Figure(figsize=(13, 4.8), layout="constrained")  # pyplot would keep state and may want a display
-    left, right = figure.subplots(1, 2, sharey=True)
-    figure.suptitle(title)
-    if train:
-        left.plot(*zip(*train, strict=True), color="0.6", linewidth=1.2, label="training")
-    if "" in curves:
-        _curve(left, *curves.pop(""), colour="black", label="held-out, ± 1 standard error")
-    for i, (name, curve) in enumerate(curves.items()):
-        _curve(right, *curve, colour=COLOURS[i % len(COLOURS)], label=f"{name}  ({curve[1][-1]:.2f})")
-    left.set(title="All denoisers", ylabel="loss (nats per target token)")
-    right.set(title="Held-out, by denoiser (last value)")
-    for axes in (left, right):
-        axes.set_xlabel("step (updates of the weights)")
-        axes.grid(alpha=0.25)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.spines[["top", "right"]].set_visible(False)
-    left.legend(frameon=False)
-    if curves:
-        right.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.0)
-    figure.savefig(path, dpi=120)
+    title = f"Pretraining: {folder.root.name}"
+    loss_figure(log, title).savefig(folder.picture, dpi=120)
+    samples = read_samples(folder.samples)
+    text = recipe_text(recipe)
+    write_page(folder.page, title=title, log=log, recipe=text, samples=samples, facts=facts | versions())
+    summary = {**summarise_run(log), "recipe": to_plain(recipe), "versions": versions()}
+    content = json.dumps(summary, indent=2, ensure_ascii=False)
+    (model / "training.json").write_text(content + "\n", encoding="utf-8")
 
 
-def _curve(axes: Any, steps: list[int], losses: list[float], errors: list[float], colour: str, label: str) -> None:
-    low, high = ([a + sign * e for a, e in zip(losses, errors, strict=True)] for sign in (-1, 1))
-    axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
-    axes.plot(steps, losses, color=colour, linewidth=1.6, marker="o", markersize=3.5, label=label)
+def versions() -> dict[str, str]:
+    """Give the versions of Python and of what decides the numbers of a run."""
+    found = {"python": platform.python_version()}
+    for name in ("fat5", "torch", "transformers", "accelerate", "triton", "numpy"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def device_name(device: torch.device) -> str:
+    """Say what a run computed on."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.processor() or platform.machine()} ({torch.get_num_threads()} threads)"
 
 
 def describe_run(log: Log) -> str:

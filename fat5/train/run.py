@@ -1,24 +1,30 @@
-"""A run of `fat5 pretrain`: from a recipe to a trained FAT5 repo, with its log and its picture."""
+"""A run of `fat5 pretrain`: from a recipe to a trained FAT5 repo, with its log and its pictures."""
 
-import json
+import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
-from transformers import TrainingArguments, get_scheduler
+from transformers import TrainingArguments
 
-from fat5.train import checkpoints
-from fat5.train.callbacks import JsonLines, LogLastStep, ProgressBar, StopOnBadGradient
+from fat5.data.documents import DataError
+from fat5.train import checkpoints, sharding
+from fat5.train.arguments import training_arguments
+from fat5.train.callbacks import JsonLines, LastStep, ProgressBar
 from fat5.train.data import load_data
-from fat5.train.errors import TrainingError
+from fat5.train.energy import Energy
+from fat5.train.errors import Stopped, TrainingError
 from fat5.train.folder import RunFolder
-from fat5.train.load import add_rows, load_model, load_tokenizer, own_dropout
+from fat5.train.guard import StepGuard
+from fat5.train.load import add_rows, load_or_make, own_dropout
+from fat5.train.optimization import require_same_rates
+from fat5.train.progress import Progress
 from fat5.train.recipe import Recipe, differences, load_recipe, recipe_text
-from fat5.train.report import draw_losses, summarise_run
+from fat5.train.report import device_name, write_report
+from fat5.train.samples import Samples
+from fat5.train.signals import StopSignals
 from fat5.train.stream_trainer import StreamTrainer
 from fat5.train.trainer import PretrainingTrainer
-from fat5.train.typed import to_plain
 
 
 def pretrain(recipe: Recipe, resume: str = "auto") -> list[dict[str, Any]]:
@@ -33,148 +39,117 @@ def pretrain(recipe: Recipe, resume: str = "auto") -> list[dict[str, Any]]:
 
     Raises:
         TrainingError: the run cannot start or go on; the message says what to change.
+        Stopped: a signal asked for it; what was done is saved.
         RecipeError: the recipe that an earlier run left in the output folder cannot be read.
     """
     folder = RunFolder(Path(recipe.output.folder))
     checkpoint = checkpoints.choose(resume, folder.checkpoints)
     if checkpoint is not None:
-        _require_same_run(recipe, folder)
+        _require_same_run(recipe, folder, checkpoint)
     args = training_arguments(recipe, folder, fresh=checkpoint is None)
-    trainer = _trainer(recipe, args, folder)
-    if args.should_save:
-        folder.root.mkdir(parents=True, exist_ok=True)
-        folder.recipe.write_text(recipe_text(recipe), encoding="utf-8")
-    if checkpoint is not None and isinstance(trainer, StreamTrainer):
-        trainer.begin_at(checkpoint)
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    _finish(trainer, recipe, folder)
+    signals = StopSignals()
+    energy = Energy()
+    try:
+        trainer = _trainer(recipe, args, folder, signals)
+        trainer.add_callback(energy)
+        if args.should_save:
+            folder.root.mkdir(parents=True, exist_ok=True)
+            folder.recipe.write_text(recipe_text(recipe), encoding="utf-8")
+        if checkpoint is not None and isinstance(trainer, StreamTrainer):
+            trainer.begin_at(checkpoint)
+        with signals:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except DataError as error:  # found only when an example was to be built
+        raise TrainingError(str(error)) from error
+    step = trainer.state.global_step
+    if trainer.guard.stopped_by is not None and step < recipe.training.steps:
+        raise Stopped(trainer.guard.stopped_by, folder.checkpoint(step))
+    _finish(trainer, recipe, folder, energy)
     return trainer.state.log_history
 
 
-def training_arguments(recipe: Recipe, folder: RunFolder, fresh: bool) -> TrainingArguments:
-    """Translate a recipe into the arguments of `transformers.Trainer`.
-
-    Args:
-        recipe: the recipe.
-        folder: where the checkpoints go.
-        fresh: whether the run starts at step 0, where the first evaluation is.
-
-    Raises:
-        TrainingError: the batch does not divide among the processes, one process would drive several GPUs, or the
-            schedule does not take its options.
-    """
-    training, evaluation, output = recipe.training, recipe.evaluation, recipe.output
-    evaluates = bool(recipe.data.evaluation)
-    args = TrainingArguments(
-        output_dir=str(folder.checkpoints),
-        max_steps=training.steps,
-        per_device_train_batch_size=training.micro_batch_size,
-        per_device_eval_batch_size=evaluation.batch_size,
-        learning_rate=training.learning_rate,
-        lr_scheduler_type=training.schedule,
-        lr_scheduler_kwargs=training.schedule_options,
-        warmup_steps=training.warmup_steps,
-        weight_decay=training.weight_decay,
-        adam_beta1=training.adam_beta1,
-        adam_beta2=training.adam_beta2,
-        adam_epsilon=training.adam_epsilon,
-        max_grad_norm=training.max_grad_norm,
-        bf16=training.precision == "bf16",
-        seed=training.seed,
-        full_determinism=training.deterministic,
-        use_cpu=training.device == "cpu" or not torch.accelerator.is_available(),
-        dataloader_num_workers=training.loader_workers,
-        average_tokens_across_devices=True,
-        logging_steps=output.log_every,
-        logging_nan_inf_filter=False,  # the trainer stops there instead
-        eval_strategy="steps" if evaluates else "no",
-        eval_steps=evaluation.every,
-        eval_on_start=evaluates and fresh,
-        save_steps=output.save_every,
-        save_total_limit=output.keep_checkpoints,
-        report_to="none",
-        disable_tqdm=True,
-    )
-    if args.n_gpu > 1:
-        raise TrainingError(
-            f"{args.n_gpu} GPUs are visible to one process; start one process for each, `torchrun --nproc-per-node "
-            f"{args.n_gpu} -m fat5.cli pretrain ...`, or show it only one with CUDA_VISIBLE_DEVICES"
-        )
-    _require_schedule(recipe)
-    at_once = training.micro_batch_size * args.world_size
-    if training.batch_size % at_once:
-        raise TrainingError(
-            f"training.batch_size {training.batch_size} is no multiple of micro_batch_size {training.micro_batch_size} "
-            f"times {args.world_size} processes"
-        )
-    args.gradient_accumulation_steps = training.batch_size // at_once
-    return args
-
-
-def _require_schedule(recipe: Recipe) -> None:
-    """Try the schedule out, which `Trainer` would only do after everything else is ready."""
+def _trainer(recipe: Recipe, args: TrainingArguments, folder: RunFolder, signals: StopSignals) -> PretrainingTrainer:
     training = recipe.training
-    try:
-        get_scheduler(
-            training.schedule,
-            torch.optim.SGD([torch.zeros(1)], lr=training.learning_rate),
-            training.warmup_steps,
-            training.steps,
-            training.schedule_options,
-        )
-    except (TypeError, ValueError) as error:
-        raise TrainingError(f"training.schedule_options do not fit schedule {training.schedule}: {error}") from error
-
-
-def _trainer(recipe: Recipe, args: TrainingArguments, folder: RunFolder) -> PretrainingTrainer:
-    model = load_model(recipe.model)
-    tokenizer = load_tokenizer(recipe.model, model.config)
+    model, tokenizer = load_or_make(recipe)
+    batches_per_step = args.gradient_accumulation_steps * args.world_size
     with args.main_process_first(desc="tokenising"):
-        batches_per_step = args.gradient_accumulation_steps * args.world_size
         data = load_data(recipe, tokenizer, model.config.vocab_size, batches_per_step)
     add_rows(model, data.mixture.ids.rows)
-    if recipe.training.gradient_checkpointing:
+    if training.gradient_checkpointing:
         # The name since transformers 5.19 or so, and the one before it.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable()
+    if training.parallel == "fsdp":
+        sharding.shard(model, args.device)
+    progress = Progress()
+
+    def examples(step: int) -> list[dict[str, Any]]:
+        if isinstance(trainer, StreamTrainer):
+            return [{"behind": trainer.place}]
+        numbers = range(step * batches_per_step, (step + 1) * batches_per_step)
+        return [example for number in numbers for example in data.describe(number, tokenizer)]
+
     trainer_class = StreamTrainer if recipe.data.train[0].streaming else PretrainingTrainer
     trainer = trainer_class(
         model,
         args,
+        training,
         batches=data.batches,
         held_out=data.held_out,
         held_out_collator=data.held_out_collator,
         denoisers=data.denoisers,
         tokenizer=tokenizer,
-        callbacks=[JsonLines(folder.log), LogLastStep(), StopOnBadGradient(), ProgressBar()],
+        progress=progress,
+        guard=StepGuard(recipe.guard, progress, folder.bad_steps, examples, signals),
+        callbacks=[JsonLines(folder.log), LastStep(), ProgressBar()],
     )
     trainer.remove_callback(transformers.PrinterCallback)
+    if data.held_out is not None and recipe.evaluation.samples:
+        each, autocast = recipe.evaluation.samples, trainer.accelerator.autocast
+        held_out = data.held_out, data.held_out_collator, data.denoisers
+        trainer.add_callback(Samples(folder.samples, *held_out, each, tokenizer, autocast))
     return trainer
 
 
-def _require_same_run(recipe: Recipe, folder: RunFolder) -> None:
+def _require_same_run(recipe: Recipe, folder: RunFolder, checkpoint: Path) -> None:
     """Refuse to continue a run under a recipe that would have made another run of it."""
     if not folder.recipe.is_file():
         return
-    changed = differences(load_recipe(folder.recipe), recipe)
+    before = load_recipe(folder.recipe)
+    changed = differences(before, recipe)
     if changed:
         raise TrainingError(
             f"{folder.root} holds a run of another recipe ({'; '.join(changed)}); "
             "give another output.folder for a new run, or the old values to continue that one"
         )
+    require_same_rates(before.training, recipe.training, int(checkpoint.name.rsplit("-", 1)[-1]))
 
 
-def _finish(trainer: PretrainingTrainer, recipe: Recipe, folder: RunFolder) -> None:
-    """Save the trained repo, the picture and the summary."""
-    log = trainer.state.log_history
+def _finish(trainer: PretrainingTrainer, recipe: Recipe, folder: RunFolder, energy: Energy) -> None:
+    """Save the trained repo, whole or not at all, and the report."""
     # The run's dropout is not the model's: who fine-tunes it later gets the rate that it came with.
     trainer.model.config.dropout_rate = own_dropout(recipe.model)
-    trainer.save_model(str(folder.model))
-    if not trainer.args.should_save:  # another process does
-        return
-    (folder.model / "training_args.bin").unlink(missing_ok=True)  # a pickle, which a published repo must not hold
-    draw_losses(log, folder.picture, title=f"Pretraining: {folder.root.name}")
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    summary = {**summarise_run(log), "recipe": to_plain(recipe), "versions": versions}
-    text = json.dumps(summary, indent=2, ensure_ascii=False)
-    (folder.model / "training.json").write_text(text + "\n", encoding="utf-8")
+    staged = folder.root / checkpoints.STAGING
+    if trainer.args.should_save:
+        shutil.rmtree(staged, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+    try:
+        trainer.save_model(str(staged))
+        if not trainer.args.should_save:  # another process does
+            return
+        (staged / "training_args.bin").unlink(missing_ok=True)  # a pickle, which a published repo must not hold
+        facts = {
+            "device": device_name(trainer.args.device),
+            "processes": f"{trainer.args.world_size} ({recipe.training.parallel})",
+            "parameters": f"{sum(p.numel() for p in trainer.model.parameters()):,}",
+            "precision": recipe.training.precision,
+            "energy": "not measured (codecarbon is not installed)" if energy.kwh is None else f"{energy.kwh:.4g} kWh",
+        }
+        write_report(recipe, folder, staged, trainer.state.log_history, facts)
+        checkpoints.put_in_place(staged, folder.model)
+    except checkpoints.WRITE_ERRORS as error:
+        shutil.rmtree(staged, ignore_errors=True)
+        raise TrainingError(
+            f"the trained model could not be written to {folder.model} ({error}); the last checkpoint is whole. "
+            "Make room and give the same command again"
+        ) from error

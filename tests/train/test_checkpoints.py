@@ -1,8 +1,10 @@
 """Which checkpoint a run continues from."""
 
+import json
+
 import pytest
 
-from fat5.train.checkpoints import LAST_WRITTEN, choose, newest
+from fat5.train.checkpoints import MARKER, STAGING, choose, defect, newest, rotate, seal
 from fat5.train.errors import TrainingError
 
 
@@ -10,10 +12,16 @@ from fat5.train.errors import TrainingError
 def folder(tmp_path):
     """Checkpoints of 8, 20 and 100 steps, the last of which was never finished."""
     for steps in (8, 20, 100):
-        (tmp_path / f"checkpoint-{steps}").mkdir()
-    for steps in (8, 20):
-        (tmp_path / f"checkpoint-{steps}" / LAST_WRITTEN).write_text("{}")
+        write(tmp_path / STAGING)
+        seal(tmp_path / STAGING, tmp_path / f"checkpoint-{steps}")
+    (tmp_path / "checkpoint-100" / MARKER).unlink()
     return tmp_path
+
+
+def write(path, text="weights"):
+    (path / "sharded").mkdir(parents=True)
+    (path / "model.safetensors").write_text(text)
+    (path / "sharded" / "0.distcp").write_text("state")
 
 
 def test_auto_takes_the_newest_complete_one_by_number(folder):
@@ -35,3 +43,37 @@ def test_never_refuses_to_mix_two_runs(folder, tmp_path):
     with pytest.raises(TrainingError, match="checkpoint-20 is of an earlier run"):
         choose("never", folder)
     assert choose("never", tmp_path / "absent") is None
+
+
+def test_a_sealed_folder_has_its_name_and_nothing_else_is_left(tmp_path):
+    write(tmp_path / STAGING)
+    seal(tmp_path / STAGING, tmp_path / "checkpoint-8")
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-8"]
+    assert json.loads((tmp_path / "checkpoint-8" / MARKER).read_text())["files"] == {
+        "model.safetensors": 7,
+        "sharded/0.distcp": 5,
+    }
+    write(tmp_path / STAGING, "other weights")  # the run came by there again
+    seal(tmp_path / STAGING, tmp_path / "checkpoint-8")
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-8"]
+    assert (tmp_path / "checkpoint-8" / "model.safetensors").read_text() == "other weights"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "model.safetensors").write_text("weigh"), "model.safetensors has 5 bytes where 7 were written"),
+        (lambda f: (f / "sharded" / "0.distcp").unlink(), "sharded/0.distcp is missing"),
+        (lambda f: (f / MARKER).write_text('{"files": {"mod'), f"{MARKER} is damaged"),
+    ],
+)
+def test_a_damaged_one_is_told_of_and_passed_over(folder, capsys, damage, message):
+    damage(folder / "checkpoint-20")
+    assert defect(folder / "checkpoint-20") == message
+    assert newest(folder) == folder / "checkpoint-8"
+    assert message in capsys.readouterr().err
+
+
+def test_the_oldest_go_first(folder):
+    rotate(folder, 2)
+    assert {p.name for p in folder.iterdir()} == {"checkpoint-20", "checkpoint-100"}

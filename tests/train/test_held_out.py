@@ -6,34 +6,38 @@ import numpy as np
 import pytest
 import torch
 
-from fat5.train.held_out import example_losses, mean_and_error, measure, summarise
+from fat5.train.held_out import Examples, example_sums, mean_and_error, measure, summarise
 
 
-def by_hand(logits: np.ndarray, labels: np.ndarray) -> tuple[list[float], list[int]]:
-    """Sum -log softmax over each row's targets, one number at a time, in fp64."""
-    losses, targets = [], []
+def by_hand(logits: np.ndarray, labels: np.ndarray) -> list[list[float]]:
+    """Sum over each row's targets, one number at a time, in fp64: loss, targets, correct, log²(Z)."""
+    sums = []
     for row_logits, row_labels in zip(logits.astype(np.float64), labels, strict=True):
         kept = [(x, y) for x, y in zip(row_logits, row_labels, strict=True) if y != -100]
-        losses.append(sum(math.log(sum(math.exp(v) for v in x)) - x[y] for x, y in kept))
-        targets.append(len(kept))
-    return losses, targets
+        logs = [math.log(sum(math.exp(v) for v in x)) for x, _ in kept]
+        loss = sum(z - x[y] for z, (x, y) in zip(logs, kept, strict=True))
+        sums.append([loss, len(kept), sum(x[y] == max(x) for x, y in kept), sum(z * z for z in logs)])
+    return sums
 
 
-def test_example_losses_are_the_sums_over_each_rows_targets():
+def test_the_sums_are_over_each_rows_targets():
     logits = torch.randn(4, 6, 11)
     labels = torch.randint(0, 11, (4, 6))
     labels[1, 3:] = labels[2, 1:] = -100
-    losses, targets = example_losses(logits, labels)
-    expected_losses, expected_targets = by_hand(logits.numpy(), labels.numpy())
-    np.testing.assert_allclose(losses.numpy(), expected_losses, rtol=1e-6)
-    assert targets.tolist() == expected_targets
+    labels[0] = logits[0].argmax(-1)
+    logits[3, 2] = float("nan")
+    labels[3, 2] = -100  # what is no target does not count, whatever it is
+    sums = torch.stack(example_sums(logits, labels), 1)
+    expected = by_hand(logits.numpy(), labels.numpy())
+    assert expected[0][2] == 6
+    np.testing.assert_allclose(sums.numpy(), expected, rtol=1e-6)
 
 
 def test_the_softmax_of_bf16_logits_is_taken_in_fp32():
     logits = torch.randn(2, 5, 300).bfloat16()
     labels = torch.randint(0, 300, (2, 5))
-    expected, _ = by_hand(logits.float().numpy(), labels.numpy())
-    np.testing.assert_allclose(example_losses(logits, labels)[0].numpy(), expected, rtol=1e-6)
+    expected = by_hand(logits.float().numpy(), labels.numpy())
+    np.testing.assert_allclose(example_sums(logits, labels)[0].numpy(), [row[0] for row in expected], rtol=1e-6)
 
 
 def test_the_mean_is_per_target_and_not_per_example():
@@ -62,13 +66,17 @@ def test_one_example_has_no_error():
 
 
 def test_each_denoiser_is_summed_up_by_itself_and_one_without_examples_is_left_out():
-    losses = torch.tensor([2.0, 9.0, 4.0, 5.0])
-    targets = torch.tensor([1.0, 3.0, 2.0, 1.0])
-    figures = summarise(losses, targets, torch.tensor([0, 2, 0, 2]), ["r", "s", "x"], "eval")
+    columns = [[2.0, 9.0, 4.0, 5.0], [1.0, 3.0, 2.0, 1.0], [1.0, 0.0, 1.0, 1.0], [1.0, 2.0, 3.0, 4.0]]
+    examples = Examples(*map(torch.tensor, columns), torch.tensor([0, 2, 0, 2]))
+    figures = summarise(examples, ["r", "s", "x"], "eval")
     assert figures["eval_loss"] == pytest.approx(20 / 7)
     assert figures["eval_r_loss"] == pytest.approx(6 / 3)
     assert figures["eval_x_loss"] == pytest.approx(14 / 4)
-    assert set(figures) == {f"eval_{k}" for k in ("loss", "loss_se", "r_loss", "r_loss_se", "x_loss", "x_loss_se")}
+    assert figures["eval_accuracy"] == pytest.approx(3 / 7)
+    assert figures["eval_r_accuracy"] == pytest.approx(2 / 3)
+    assert figures["eval_log_z_squared"] == pytest.approx(10 / 7)
+    of_each = {f"eval{name}_{k}" for name in ("", "_r", "_x") for k in ("loss", "loss_se", "accuracy")}
+    assert set(figures) == {*of_each, "eval_log_z_squared"}
 
 
 def test_the_batch_size_changes_nothing():
@@ -83,4 +91,4 @@ def test_the_batch_size_changes_nothing():
         return logits[int(batch["at"]) :][: len(batch["labels"])]
 
     one, four = (measure(forward, batches(size)) for size in (1, 4))
-    assert all(torch.equal(a, b) for a, b in zip(one, four, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(one.columns, four.columns, strict=True))

@@ -81,7 +81,10 @@ def test_set_replaces_lists_and_nulls_and_the_last_one_wins(recipe):
         ("training.learning_rate=fast", "training.learning_rate must be a number, not 'fast'"),
         ("training.learning_rate=.nan", "training.learning_rate must be a number, not nan"),
         ("training.deterministic=1", "training.deterministic must be true or false, not 1"),
-        ("training.precision=fp8", "training.precision must be one of fp32, bf16, not 'fp8'"),
+        (
+            "training.precision=fp8",
+            "training.precision must be one of fp32, bf16, bf16_kahan, bf16_stochastic, bf16_nearest, not 'fp8'",
+        ),
         ("training.schedule_options=[1]", "training.schedule_options must be a mapping, not [1]"),
         ("model.path=3", "model.path must be text, not 3"),
         ("data.train=a.txt", "data.train must be a list, such as [a, b], not 'a.txt'"),
@@ -90,7 +93,12 @@ def test_set_replaces_lists_and_nulls_and_the_last_one_wins(recipe):
         ("training.batch_size=10", "training: batch_size 10 must be a multiple of micro_batch_size 8"),
         ("training.steps=0", "training: steps must be at least 1"),
         ("training.warmup_steps=101", "training: warmup_steps must be from 0 to steps"),
-        ("output.save_every=15", "output: save_every 15 must be a multiple of log_every 10"),
+        ("output.save_every=0", "output: save_every must be at least 1 step"),
+        ("output.report_to=[csv]", "output.report_to[0] must be one of tensorboard, wandb, trackio, not 'csv'"),
+        ("training.optimizer=adamw_scales", "training: optimizer 'adamw_scales' is not known; known: adamw_scale, "),
+        ("training.precision=bf16_kahan", "training: precision bf16_kahan needs optimizer adamw_scale"),
+        ("guard.on_bad_step=go", "guard.on_bad_step must be one of stop, skip, not 'go'"),
+        ("guard.spike=0", "guard: spike must be above 0"),
         ("model.dropout_rate=1.0", "model: dropout_rate must be from 0 up to, not including, 1"),
         ("mixture.name=ul3", "mixture: name 'ul3' is no mixture"),
         ("training.steps", "--set training.steps: write it as section.key=value"),
@@ -138,7 +146,12 @@ def test_the_resolved_recipe_reads_back_to_the_same(recipe):
 
 def test_only_what_makes_another_run_counts_as_a_difference(recipe):
     before = recipe()
-    assert differences(before, recipe("training.steps=200", "training.micro_batch_size=4", "output.folder=b")) == []
+    assert (
+        differences(
+            before, recipe("training.steps=200", "training.micro_batch_size=4", "output.folder=b", "guard.spike=9")
+        )
+        == []
+    )
     assert differences(before, recipe("training.seed=1", "data.window=64")) == [
         "data.window: None -> 64",
         "training.seed: 0 -> 1",

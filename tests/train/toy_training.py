@@ -1,15 +1,25 @@
 """A toy model and toy data for the trainer's tests, made without `fat5.data`."""
 
+import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerFast, TrainerCallback, TrainingArguments
 
 from fat5.model import FlashT5Config, FlashT5ForConditionalGeneration
+from fat5.train.callbacks import JsonLines, LastStep
+from fat5.train.guard import StepGuard
+from fat5.train.options import GuardOptions, TrainingOptions
+from fat5.train.progress import Progress
+from fat5.train.signals import StopSignals
+from fat5.train.trainer import PretrainingTrainer
 
 VOCABULARY = 48
 DENOISERS = ("copy", "reverse")
+SCALED = {"optimizer": "adamw_scale", "weight_decay": 0.1}
 
 
 def toy_model(**changes: Any) -> FlashT5ForConditionalGeneration:
@@ -75,3 +85,71 @@ def toy_collator(items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         "labels": pad([torch.tensor(t.copy()) for t in targets], batch_first=True, padding_value=-100),
         "denoiser": torch.tensor(kinds),
     }
+
+
+class NoTokenizer(PreTrainedTokenizerFast):
+    def __init__(self) -> None:
+        pass
+
+    def save_pretrained(self, folder, **kwargs) -> None:
+        Path(folder, "tokenizer.json").write_text("{}")
+
+
+def make_trainer(
+    folder: Path, *, steps=6, batch=8, micro=8, callbacks=(), model=None, guard=None, options=None, n=20, **changes
+) -> PretrainingTrainer:
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    values = {
+        "output_dir": str(folder / "checkpoints"),
+        "max_steps": steps,
+        "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": batch // micro // processes,
+        "per_device_eval_batch_size": 5,
+        "learning_rate": 3e-3,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "eval_strategy": "steps",
+        "eval_steps": 3,
+        "save_steps": 2,
+        "use_cpu": True,
+        "ddp_find_unused_parameters": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "seed": 5,
+    }
+    args = TrainingArguments(**(values | changes))
+    progress = Progress()
+
+    def examples(step):
+        return [{"batch": step, "example": i} for i in range(step * batch, (step + 1) * batch)]
+
+    return PretrainingTrainer(
+        model or toy_model(),
+        args,
+        TrainingOptions(**({"steps": steps, "learning_rate": args.learning_rate} | (options or {}))),
+        batches=ToyBatches(n, micro, steps * batch // micro),
+        held_out=ToyWindows(13, seed=9),
+        held_out_collator=toy_collator,
+        denoisers=DENOISERS,
+        tokenizer=NoTokenizer(),
+        progress=progress,
+        guard=StepGuard(guard or GuardOptions(), progress, folder / "bad_steps.jsonl", examples, StopSignals()),
+        callbacks=[JsonLines(folder / "log.jsonl"), LastStep(), *callbacks],
+    )
+
+
+class Gradients(TrainerCallback):
+    """Keeps the gradients of the first step."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, torch.Tensor] = {}
+
+    def on_pre_optimizer_step(self, args, state, control, model, **kwargs) -> None:
+        if not self.kept:
+            named = ((name, p.grad) for name, p in model.named_parameters() if p.grad is not None)
+            whole = ((name, g.full_tensor() if hasattr(g, "full_tensor") else g) for name, g in named)
+            self.kept = {name.removeprefix("module."): g.clone() for name, g in whole}
+
+
+def losses(trainer: PretrainingTrainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

@@ -1,0 +1,31 @@
+"""Stop a run when it is asked to, at a place from which it can go on."""
+
+import signal
+from types import FrameType, TracebackType
+
+STOPPED = 75
+"""Exit status of a run that saved and stopped because of a signal: EX_TEMPFAIL, try again (sysexits.h)."""
+
+
+class StopSignals:
+    """While it is entered, SIGTERM and SIGINT are noted instead of ending the process; the second one ends it.
+
+    Schedulers send SIGTERM some time before they kill: the run finishes its step, saves, and leaves.
+    """
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> "StopSignals":
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]  # what it returned itself
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = signal.Signals(number).name
+        signal.signal(number, self._before[number])  # type: ignore[arg-type]  # what it returned itself

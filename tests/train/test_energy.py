@@ -1,0 +1,36 @@
+"""Energy is measured where codecarbon is installed, and the run does without where it is not."""
+
+import json
+
+from toy_training import make_trainer
+
+from fat5.train.energy import Energy
+
+FAKE = """
+from types import SimpleNamespace
+
+class EmissionsTracker:
+    def __init__(self, save_to_file, log_level):
+        self.calls = []
+    def start(self):
+        self.calls.append("start")
+    def stop(self):
+        assert self.calls == ["start"]
+        self.final_emissions_data = SimpleNamespace(energy_consumed=0.25)
+"""
+
+
+def test_what_the_tracker_measured_is_kept(tmp_path, monkeypatch):
+    (tmp_path / "codecarbon.py").write_text(FAKE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    energy = Energy()
+    make_trainer(tmp_path / "run", steps=1, callbacks=[energy], eval_strategy="no").train()
+    assert energy.kwh == 0.25
+
+
+def test_without_codecarbon_nothing_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr("fat5.train.energy.find_spec", lambda name: None)
+    energy = Energy()
+    make_trainer(tmp_path / "run", steps=1, callbacks=[energy], eval_strategy="no").train()
+    assert energy.kwh is None
+    assert json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[0])["tokens"] > 0

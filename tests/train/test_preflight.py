@@ -1,0 +1,89 @@
+"""`fat5 pretrain --dry-run`: what it says of a run in order, and what it finds."""
+
+import os
+import re
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+
+from fat5.cli import main
+
+SMOKE = Path(__file__).parents[2] / "recipes" / "smoke.yaml"
+
+
+def dry_run(settings: list[str]):
+    arguments = [part for setting in settings for part in ("--set", setting)]
+    return CliRunner().invoke(main, ["pretrain", str(SMOKE), "--dry-run", *arguments])
+
+
+def test_a_run_in_order_is_described_and_nothing_is_written(toy, tmp_path):
+    optimizer = {"training__optimizer": "adamw_scale", "training__precision": "bf16_kahan"}
+    result = dry_run(toy.settings(tmp_path / "out", **optimizer, data__cache=tmp_path / "cache"))
+    assert result.exit_code == 0, result.output
+    parameters = sum(p.numel() for p in load_file(toy.model / "model.safetensors").values())
+    assert f"model: {parameters:,} parameters, 64 embedding rows, bf16_kahan" in result.output
+    assert f"data: {toy.train}, {toy.held_out}: there" in result.output
+    assert re.search(r"tokenizer: 38 ids for 64 rows, 20 sentinels \(37 to 18\), mode tokens: \[R\] \d+", result.output)
+    assert "14 bytes a parameter" in result.output
+    assert re.search(r"longest of 4 batches \(\d+ real of \d+ tokens\).*: loss \d\.\d+, gradient norm", result.output)
+    for denoiser in ("[R] span mu=3 r=0.15", "[S] prefix", "[X] span mu=64 r=0.5"):
+        assert denoiser in result.output
+    assert result.output.count("  input   ") == result.output.count("  target  ") == 7
+    assert list(tmp_path.iterdir()) == []
+
+
+Usage = namedtuple("Usage", "total used free")
+
+
+def full_disk(monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**6, 9 * 10**5, 10**5))
+
+
+def little_memory(monkeypatch):
+    monkeypatch.setattr(os, "sysconf", lambda name: 100)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [(full_disk, "output.keep_checkpoints"), (little_memory, "training.precision=bf16_kahan")],
+)
+def test_too_little_of_disk_or_memory_is_found(toy, tmp_path, monkeypatch, spoil, message):
+    spoil(monkeypatch)
+    result = dry_run(toy.settings(tmp_path / "out"))
+    assert result.exit_code == 1
+    assert message in result.output
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data__train": "[{files: [absent-*.txt]}]"}, "no file matches absent-*.txt"),
+        ({"data__sentinels": "mt5"}, "too few for the sentinels of mt5"),
+        ({"training__batch_size": 6, "training__micro_batch_size": 4}, "batch_size 6 must be a multiple"),
+        ({"training__schedule": "wsd"}, "training.schedule_options do not fit schedule wsd"),
+        ({"training__optimizer": "adamw_8bit"}, "training.optimizer adamw_8bit: "),
+        ({"output__report_to": "[trackio]"}, "output.report_to names trackio, which is not installed"),
+        ({"training__parallel": "fsdp"}, ""),
+    ],
+)
+def test_what_cannot_start_is_found(toy, tmp_path, changes, message):
+    result = dry_run(toy.settings(tmp_path / "out", **changes))
+    assert result.exit_code == (1 if message else 0), result.output
+    assert message in result.output
+    assert "Traceback" not in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_damaged_weights_are_found(toy, tmp_path):
+    shutil.copytree(toy.model, tmp_path / "model")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    weights["lm_head.weight"][3] = torch.nan
+    save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    result = dry_run(toy.settings(tmp_path / "out", model__path=tmp_path / "model"))
+    assert result.exit_code == 1
+    assert "the model or its data is damaged" in result.output
