@@ -94,7 +94,8 @@ def test_logits_and_gradients(family, kind):
     expected = run(model, inputs)
     fat5.enable(model)
     assert_near(run(model, inputs), expected)
-    assert_near(run(fat5.disable(model), inputs), expected, tolerance=0)
+    rounding = 0 if DEVICE.type == "cpu" else 1e-6  # a GPU adds the gradient of an embedding in any order
+    assert_near(run(fat5.disable(model), inputs), expected, rounding)
 
 
 @since_5_17

@@ -15,7 +15,7 @@ from .ops_rms_norm import add_rms_norm
 
 
 class FlashT5LayerNorm(nn.Module):
-    """RMSNorm: scale only, no mean and no bias, statistics in fp32 (Zhang & Sennrich 2019, arXiv:1910.07467)."""
+    """RMSNorm: scale only, no mean or bias, statistics in fp32 or better (Zhang & Sennrich 2019, arXiv:1910.07467)."""
 
     def __init__(self, hidden_size: int, eps: float) -> None:
         super().__init__()

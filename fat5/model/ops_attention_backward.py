@@ -154,6 +154,7 @@ def launch_backward(
             REGISTER_ORDER=hopper is not None,
             **common,
         )
+        dq_tiles = None  # the bias gradient needs memory of its own
 
     dbias = None
     arguments = (q, k, v, do, lse2, delta)

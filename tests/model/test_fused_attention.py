@@ -1,8 +1,11 @@
 """A model on `fat5` attention equals itself on `eager`: logits and every gradient, whatever is masked.
 
+Both are compared with eager in fp64: the scores of these models are large, so that rounding shows in deep gradients.
 Without a GPU the tests that need kernels run in a process that interprets them, at toy sizes; with one, at real sizes.
 """
 
+import copy
+import gc
 import subprocess
 import sys
 
@@ -19,7 +22,8 @@ SMALL = {"num_heads": 2, "d_kv": 6}
 REAL = {"num_heads": 8, "d_kv": 64, "d_model": 256, "d_ff": 512, "relative_attention_max_distance": 128}
 SHAPE = SMALL if not HAS_KERNELS or INTERPRETED else REAL
 LENGTHS = (21, 13, 2) if SHAPE is SMALL else (613, 389, 3)
-LOGITS, GRADIENTS = (1e-5, 2e-5) if SHAPE is SMALL else (1e-4, 1e-3)
+LOGITS, GRADIENTS = 1e-5, 2e-5
+"""Rounding floors, as a share of the largest value, on top of twice the error of eager in the same dtype."""
 
 
 def test_in_the_interpreter():
@@ -98,13 +102,23 @@ def gradients(model, inputs):
     return output, {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
+def in_double(inputs):
+    """The same batch for a model in fp64."""
+    return {name: tuple(x.double() for x in value) if isinstance(value, tuple) else value
+            for name, value in inputs.items()}  # fmt: skip
+
+
 def assert_same(fused, eager, inputs):
-    (output, grads), (expected, expected_grads) = gradients(fused, inputs), gradients(eager, inputs)
+    """Logits and every gradient as near to fp64 as those of eager."""
+    exact, exact_grads = gradients(copy.deepcopy(eager).double(), in_double(inputs))
+    (output, grads), (plain, plain_grads) = gradients(fused, inputs), gradients(eager, inputs)
     real = inputs["labels"] != -100
-    assert relative_error(output.logits[real], expected.logits[real]) < LOGITS
-    assert grads.keys() == expected_grads.keys()
-    for name, gradient in expected_grads.items():
-        assert relative_error(grads[name], gradient) < GRADIENTS, name
+    rounding = relative_error(plain.logits[real], exact.logits[real])
+    assert relative_error(output.logits[real], exact.logits[real]) < 2 * rounding + LOGITS
+    assert grads.keys() == exact_grads.keys()
+    for name, gradient in exact_grads.items():
+        allowed = 2 * relative_error(plain_grads[name], gradient) + GRADIENTS
+        assert relative_error(grads[name], gradient) < allowed, name
 
 
 CASES = {  # kind of batch: attentions on the kernels, of two in the encoder, one in the decoder and one across
@@ -334,7 +348,8 @@ def test_memory_is_linear_in_length(kind):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys.modules[__name__], "LENGTHS", (length, length, 2))
             inputs = inputs_of(kind)
-        torch.cuda.synchronize()
+        gradients(fused, inputs)  # what is allocated once
+        gc.collect()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         gradients(fused, inputs)

@@ -36,10 +36,10 @@ def test_reduce_line_is_the_transpose_of_expand_table():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("phase", [0, 3])
-def test_strips_are_the_line_in_the_order_of_the_accumulator(dtype, phase):
+def test_strips_are_the_line_in_the_order_of_the_accumulator(device, dtype, phase):
     _, left, right = bias_line(True, 8, 20)
     line = torch.randn(2, left + right + 1)
-    strips = expand_strips(line, left, right, phase, 64, 1.0, dtype)
+    strips = expand_strips(line.to(device), left, right, phase, 64, 1.0, dtype).cpu()
     h, x, l4, lm, jj, e = (torch.arange(n) for n in strips.shape)
     grid = torch.meshgrid(h, x - strip_origin(left, 64), l4, lm, jj, e, indexing="ij")
     distance = 8 * (grid[1] + grid[4]) + 2 * grid[3] + grid[5] - grid[2] - phase

@@ -26,7 +26,7 @@ def test_head_dims(device, dtype, d, causal):
 def test_real_sizes(device, dtype, kind, causal, deterministic):
     x = make(
         device, 1023, 1100, d=64, heads=4, dtype=dtype, kind=kind, causal=causal, bidirectional=not causal, buckets=32,
-        max_distance=128, scale=0.125, lengths=[1100, 700],
+        max_distance=128, scale=0.125, dense=(2, 4), lengths=[1100, 700],
     )  # fmt: skip
     check(x, deterministic=deterministic)
 
