@@ -11,7 +11,13 @@ except ImportError as error:  # a guarded import is what the loader of remote co
     raise ImportError("the attention kernels need Triton") from error
 
 from .ops_attention_backward_configs import backward_config
-from .ops_attention_backward_hopper_launch import hopper_config, hopper_line_gradient, launch_hopper
+from .ops_attention_backward_hopper_launch import (
+    hopper_config,
+    hopper_line_gradient,
+    launch_hopper,
+    line_gradient_of_diagonals,
+    near_sums_of,
+)
 from .ops_attention_backward_keys import backward_keys_kernel
 from .ops_attention_backward_queries import backward_queries_kernel, delta_kernel, dq_store_kernel
 from .ops_attention_bias_grad import dense_gradient_kernel, near_tiles_kernel
@@ -83,9 +89,11 @@ def launch_backward(
 
     dq_tiles = None
     hopper = hopper_config(q, k, v, do, bias, problem, capability) if not deterministic else None
-    lse_tiles = delta_tiles = None
+    lse_tiles = delta_tiles = diagonals = None
     if hopper is not None:
         keys = hopper.tiles
+        if line_gradient:
+            diagonals = near_sums_of(bias, problem, k, cu_k, keys.block_m, keys.block_n)
         # one tile more: the kernel copies a tile ahead
         lse_tiles, delta_tiles = torch.empty((2, (tiles_of(keys.block_m) + 1) * heads, keys.block_m), device=q.device)
     if not deterministic:
@@ -114,6 +122,7 @@ def launch_backward(
             dk,
             dv,
             far,
+            diagonals,
             bias,
             cu_q,
             cu_k,
@@ -159,7 +168,9 @@ def launch_backward(
     dbias = None
     arguments = (q, k, v, do, lse2, delta)
     if line_gradient:
-        if hopper is not None:
+        if diagonals is not None:
+            dbias = line_gradient_of_diagonals(diagonals, far, bias)
+        elif hopper is not None:
             dbias = hopper_line_gradient(do, q, k, v, lse_tiles, delta_tiles, far, bias, cu_q, cu_k, lengths_k, problem)
         else:
             dbias = _line_gradient(*arguments, bias, far, cu_q, cu_k, lengths_k, problem, keys, variant, seed)

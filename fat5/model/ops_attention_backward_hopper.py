@@ -17,6 +17,8 @@ try:
 except ImportError as error:  # a guarded import is what the loader of remote code asks for
     raise ImportError("the attention kernels need Triton") from error
 
+from .ops_attention_diagonals_hopper import no_carry, store_carry, store_diagonals, store_strips, thread_sums
+
 LOG2_E = gl.constexpr(1.4426950408889634)
 NEAR = gl.constexpr(128)  # keys, at whose grain a tile counts as near or far in the sums
 
@@ -87,20 +89,25 @@ def near_bias(
 
 @gluon.jit
 def fused_backward_kernel(
-    q_desc, do_desc, p_k, p_v, p_lse, p_delta, p_dq_tiles, p_dk, p_dv, p_far, p_line, p_cu_q, p_cu_k, p_lengths_k,
-    stride_kb, stride_kl, stride_kh, stride_vb, stride_vl, stride_vh, stride_dkb, stride_dkl, stride_dkh, stride_dvb,
-    stride_dvl, stride_dvh,
-    heads, max_q, max_k, q_offset, scale, line_size, left, right,
+    q_desc, do_desc, p_k, p_v, p_lse, p_delta, p_dq_tiles, p_dk, p_dv, p_far, p_near, p_line, p_cu_q, p_cu_k,
+    p_lengths_k, stride_kb, stride_kl, stride_kh, stride_vb, stride_vl, stride_vh, stride_dkb, stride_dkl, stride_dkh,
+    stride_dvb, stride_dvl, stride_dvh,
+    heads, max_q, max_k, q_offset, scale, line_size, left, right, first_near, near_count, near_blocks, lowest_row, rows,
     HEAD_DIM: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BIAS: gl.constexpr, CAUSAL: gl.constexpr,
-    LINE_GRADIENT: gl.constexpr, STAGES: gl.constexpr, LATE_DP: gl.constexpr, HALF_P: gl.constexpr,
-    num_warps: gl.constexpr,
+    LINE_GRADIENT: gl.constexpr, PLACES: gl.constexpr, STAGES: gl.constexpr, LATE_DP: gl.constexpr,
+    HALF_P: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """As `backward_keys_kernel`, fused; lse and delta come in tiles `[BLOCK_M]` per block of queries and head.
 
     A tile of dQ lies in `p_dq_tiles` in the order of the registers of the product that made it.
+
+    LINE_GRADIENT: dS of the far tiles is summed to the left and to the right into `p_far`. If PLACES > 0, that of the
+    near ones, `near_count` offsets of which the first has its first key `first_near` after its first query, is summed
+    along diagonals into `p_near` `[H, near_blocks, rows, 16]`, see `store_diagonals`.
     """
     element: gl.constexpr = p_k.dtype.element_ty
     GROUPS: gl.constexpr = num_warps // 4
+    FAR_PRODUCT: gl.constexpr = LINE_GRADIENT and PLACES == 0
     score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, BLOCK_M, 16])
     kv_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, HEAD_DIM, 16])
     dq_layout: gl.constexpr = gl.NVMMADistributedLayout(
@@ -176,7 +183,15 @@ def fused_backward_kernel(
     async_copy.async_copy_global_to_shared(
         v_buf, p_v + start_n * stride_vl + (o_key[:, None] * stride_vl + o_d[None, :]), m_key
     )
-    if LINE_GRADIENT:
+    if PLACES > 0:
+        b_none = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, score_layout)
+        b_left = thread_sums(b_none)
+        b_right = b_left
+        b_carry = no_carry(b_none)
+        strips_buf = gl.allocate_shared_memory(element, [PLACES, 64, 64], shared)
+        for place in gl.static_range(PLACES):
+            strips_buf.index(place).store(gl.zeros([64, 64], element, load_layout))
+    if FAR_PRODUCT:
         # what a tile's dS is multiplied by to sum its rows: nothing if near, a column of ones for the left,
         # one for the right
         far_buf = gl.allocate_shared_memory(element, [3, 8, BLOCK_M], shared)
@@ -208,7 +223,7 @@ def fused_backward_kernel(
 
     b_ds16 = gl.zeros([BLOCK_N, BLOCK_M], element, ds_layout)
     side = first_m * 0
-    IN_FLIGHT: gl.constexpr = 2 + (0 if LATE_DP else 1) + (1 if LINE_GRADIENT else 0)
+    IN_FLIGHT: gl.constexpr = 2 + (0 if LATE_DP else 1) + (1 if FAR_PRODUCT else 0)
     near_n0 = n0 // NEAR * NEAR - q_offset
     slot = first_m * 0
     is_near, b_bias = near_bias(
@@ -230,7 +245,7 @@ def fused_backward_kernel(
         if not LATE_DP:
             b_dp = warpgroup_mma(v_buf, do_tile.permute([1, 0]), b_zero, use_acc=False, is_async=True)
         b_dk = warpgroup_mma(b_ds16, tile_of(q_buf, last_slot, BLOCK_M, HEAD_DIM), b_dk, is_async=True)
-        if LINE_GRADIENT:
+        if FAR_PRODUCT:
             b_far = warpgroup_mma(
                 gl.convert_layout(b_ds16, far_ds_layout), far_buf.index(side).permute([1, 0]), b_far, is_async=True
             )
@@ -264,6 +279,16 @@ def fused_backward_kernel(
         b_ds_half = b_ds.to(element)
         ds_buf.index(i & 1).store(b_ds_half)
         b_ds16 = gl.convert_layout(b_ds_half, ds_layout)
+        if PLACES > 0:
+            shift = n0 - m0 - first_near  # to the first near offset, a multiple of BLOCK_M
+            if (shift < 0) | (shift >= near_count * BLOCK_M):
+                # the last strip of the last of all near tiles is far
+                b_side = thread_sums(b_ds) + gl.sum(b_carry, 3)
+                b_carry = gl.zeros_like(b_carry)
+                b_left += gl.where(shift < 0, b_side, 0.0)
+                b_right += gl.where(shift < 0, 0.0, b_side)
+            else:
+                b_carry = store_strips(strips_buf.index(shift // BLOCK_M), b_ds, b_carry)
         b_dv = warpgroup_mma_wait(num_outstanding=0, deps=[b_dv])
         is_near, b_bias = near_bias(
             p_line, offset - BLOCK_M, left, right, len_k - n0, BLOCK_M, BLOCK_N, BIAS, CAUSAL, score_layout
@@ -274,7 +299,7 @@ def fused_backward_kernel(
         gl.thread_barrier()
     if count > 0:
         b_dk = warpgroup_mma(b_ds16, tile_of(q_buf, slot, BLOCK_M, HEAD_DIM), b_dk, is_async=True)
-        if LINE_GRADIENT:
+        if FAR_PRODUCT:
             b_far = warpgroup_mma(
                 gl.convert_layout(b_ds16, far_ds_layout), far_buf.index(side).permute([1, 0]), b_far, is_async=True
             )
@@ -286,6 +311,25 @@ def fused_backward_kernel(
         o_tile = gl.arange(0, HEAD_DIM * BLOCK_M, b_dq_row.type.layout)
         p_tile = p_dq_tiles + (first_m // BLOCK_M + count - 1).to(gl.int64) * (row_step * HEAD_DIM)
         gl.atomic_add(p_tile + o_tile, b_dq_row, sem="relaxed")
+
+    if PLACES > 0:
+        shift = n0 - first_m - (count - 1) * BLOCK_M - first_near  # of the last tile
+        if (shift > 0) & (shift < near_count * BLOCK_M):
+            store_carry(strips_buf.index(shift // BLOCK_M - 1), b_carry)
+        else:
+            b_left += gl.sum(b_carry, 3)
+        near_block = s * gl.num_programs(0) + gl.program_id(0)
+        if p_cu_q is not None:
+            near_block = (first_k // BLOCK_N).to(gl.int32) + s + gl.program_id(0)
+        p_near += (h * near_blocks + near_block).to(gl.int64) * (rows * 16)
+        gl.thread_barrier()  # all warps have done with the tiles of dS
+        b_left, b_right = store_diagonals(
+            strips_buf, ds_buf.index(0).slice(0, 16), p_near, lowest_row, rows, n0 < end_k, b_left, b_right, PLACES,
+            num_warps,
+        )  # fmt: skip
+        p_program = p_far + ((h * gl.num_programs(2) + s) * gl.num_programs(0) + gl.program_id(0)) * 2
+        b_sides = gl.sum(gl.sum(gl.sum(gl.join(b_left, b_right), 2), 1), 0)
+        gl.store(p_program + gl.arange(0, 2, b_sides.type.layout), b_sides)
 
     o_row = gl.arange(0, BLOCK_N, gl.SliceLayout(1, load_layout))
     m_row = (n0 + o_row < end_k)[:, None]
@@ -301,7 +345,7 @@ def fused_backward_kernel(
         gl.convert_layout(b_dv.to(element), load_layout),
         mask=m_row,
     )
-    if LINE_GRADIENT:
+    if FAR_PRODUCT:
         p_program = p_far + ((h * gl.num_programs(2) + s) * gl.num_programs(0) + gl.program_id(0)) * 2
         o_side = gl.arange(0, 8, gl.SliceLayout(0, far_layout))
         gl.store(p_program + o_side, gl.sum(b_far, 0), mask=o_side < 2)

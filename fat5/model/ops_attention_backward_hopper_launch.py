@@ -13,10 +13,21 @@ except ImportError as error:  # a guarded import is what the loader of remote co
 
 from .ops_attention_backward_configs import BackwardConfig
 from .ops_attention_backward_hopper import fused_backward_kernel
+from .ops_attention_bias_grad import near_diagonals_kernel
 from .ops_attention_bias_grad_hopper import near_sums_kernel
-from .ops_attention_bias_line import line_gradient, multiprocessors, near_offsets, padded_line, segment_of_blocks
+from .ops_attention_bias_line import (
+    line_gradient,
+    line_gradient_of_sums,
+    multiprocessors,
+    near_offsets,
+    padded_line,
+    segment_of_blocks,
+)
+from .ops_attention_diagonals_hopper import FOLDED, PLACES
 
 NONE, T5 = range(2)
+LONGEST = 1024  # keys up to which the fused kernel sums the near tiles as well; measured on an H200
+DIAGONALS = 512  # no fewer than there are in 64 rows of near sums
 
 
 class HopperConfig(NamedTuple):
@@ -47,24 +58,71 @@ def hopper_config(q, k, v, do, bias, problem, capability):
     return OVERRIDE[head_dim] if head_dim in OVERRIDE else DEFAULT[head_dim]
 
 
+class NearSums(NamedTuple):
+    """Sums of dS along diagonals, as the fused kernel leaves them.
+
+    Attributes:
+        sums: fp32 `[H, blocks of keys, rows, FOLDED]`.
+        first: offset (first key minus first query position) of the nearest tiles on the left.
+        offsets: number of near tile offsets.
+        lowest: row of all those of `diagonal_products` that is the first in `sums`.
+    """
+
+    sums: torch.Tensor
+    first: int
+    offsets: int
+    lowest: int
+
+    @property
+    def first_distance(self) -> int:
+        """Distance of column 0 of row 0."""
+        return self.first + 8 * (self.lowest - 6) - 7
+
+
+def near_sums_of(bias, problem, k, cu_k, block_m, block_n) -> NearSums | None:
+    """Memory for the near sums, or None if another kernel is to form them: the line is too long for the fused one, or
+    the heads are too wide for its registers, or the sequences so long that its dearer far tiles outweigh the gain.
+    """
+    first, offsets = near_offsets(bias, problem, block_m, block_n)
+    if offsets > PLACES or k.shape[3] > 64 or problem.max_seqlen_k > LONGEST:
+        return None
+    heads = k.shape[2]
+    # the first row with a distance beyond the left end, and the first with none before the right end
+    lowest = max(0, (41 - first - bias.left) // 8 + 1)
+    rows = max(1, -(-(55 - first + bias.right) // 8) - lowest)
+    if cu_k is None:
+        blocks = k.shape[0] * -(-problem.max_seqlen_k // block_n)
+        sums = torch.empty((heads, blocks, rows, FOLDED), dtype=torch.float32, device=k.device)
+    else:  # each segment starts a block; some are left out
+        blocks = k.shape[1] // block_n + cu_k.numel() - 1
+        sums = torch.zeros((heads, blocks, rows, FOLDED), dtype=torch.float32, device=k.device)
+    return NearSums(sums, first, offsets, lowest)
+
+
 def launch_hopper(
-    config, do, q, k, v, lse_tiles, delta_tiles, dq_tiles, dk, dv, far, bias, cu_q, cu_k, lengths_k, problem, grid
+    config, do, q, k, v, lse_tiles, delta_tiles, dq_tiles, dk, dv, far, near, bias, cu_q, cu_k, lengths_k, problem, grid
 ):
-    """Fills dq_tiles, dk, dv and the far sums."""
+    """Fills dq_tiles, dk, dv, the far sums and the near ones."""
     block_m, block_n, num_warps, stages = config.tiles
     heads, head_dim = q.shape[2:]
     q_desc, do_desc = (rows_descriptor(x, block_m) for x in (q, do))
     line, line_size, left, right = None, 0, 0, 1
+    first, offsets, sums, lowest = 0, 0, None, 0
     if bias.kind == T5:
         left, right = bias.left, bias.right
         line = padded_line(bias, block_m + block_n, 1 / problem.scale)
         line_size = line.shape[1]
+        first, offsets = near_offsets(bias, problem, block_m, block_n)
+    if near is not None:
+        sums, lowest = near.sums, near.lowest
     fused_backward_kernel[grid](
-        q_desc, do_desc, k, v, lse_tiles, delta_tiles, dq_tiles, dk, dv, far, line, cu_q, cu_k, lengths_k,
+        q_desc, do_desc, k, v, lse_tiles, delta_tiles, dq_tiles, dk, dv, far, sums, line, cu_q, cu_k, lengths_k,
         *k.stride()[:3], *v.stride()[:3], *dk.stride()[:3], *dv.stride()[:3], heads, problem.max_seqlen_q,
-        problem.max_seqlen_k, problem.q_offset, problem.scale, line_size, left, right, HEAD_DIM=head_dim,
+        problem.max_seqlen_k, problem.q_offset, problem.scale, line_size, left, right, first + problem.q_offset,
+        offsets, 0 if sums is None else sums.shape[1], lowest, 0 if sums is None else sums.shape[2], HEAD_DIM=head_dim,
         BLOCK_M=block_m, BLOCK_N=block_n, BIAS=bias.kind, CAUSAL=problem.causal, LINE_GRADIENT=far is not None,
-        STAGES=stages, LATE_DP=config.late_dp, HALF_P=config.half_p, num_warps=num_warps,
+        PLACES=0 if near is None else PLACES, STAGES=stages, LATE_DP=config.late_dp, HALF_P=config.half_p,
+        num_warps=num_warps,
     )  # fmt: skip
 
 
@@ -102,3 +160,11 @@ def hopper_line_gradient(do, q, k, v, lse_tiles, delta_tiles, far, bias, cu_q, c
         num_warps=8,
     )  # fmt: skip
     return line_gradient(tiles, far, bias, first, block_m, heads, offsets, keys_first=True)
+
+
+def line_gradient_of_diagonals(near: NearSums, far, bias):
+    """Gradient of the line, fp32 `[H, left + right + 1]`, from what the fused kernel has summed."""
+    heads, blocks, rows, _ = near.sums.shape
+    sums = torch.empty((heads, DIAGONALS), dtype=torch.float32, device=far.device)
+    near_diagonals_kernel[(heads, DIAGONALS // 32)](near.sums, sums, blocks, rows, BLOCK_B=128, BLOCK_C=32, num_warps=8)
+    return line_gradient_of_sums(sums, far, bias, near.first_distance, 0, 1)

@@ -145,23 +145,40 @@ def diagonal_sums_kernel(
 
 
 @triton.jit
+def near_diagonals_kernel(p_near, p_sums, blocks, rows, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Sums over all blocks of keys of the near sums `[H, blocks, rows, 16]`, of which column f of row y belongs to
+    diagonal 8 y + f. Grid (heads, diagonals / BLOCK_C).
+    """
+    h = tl.program_id(0)
+    o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    o_b = tl.arange(0, BLOCK_B)
+    o_y = o_c // 8
+    b_sum = tl.zeros([BLOCK_B, BLOCK_C], tl.float32)
+    p_near += h.to(tl.int64) * blocks * (rows * 16) + o_y * 16 + o_c % 8
+    for first in range(0, blocks, BLOCK_B):
+        p_block = p_near[None, :] + (first + o_b)[:, None].to(tl.int64) * (rows * 16)
+        m_block = (first + o_b < blocks)[:, None]
+        b_sum += tl.load(p_block, mask=m_block & (o_y < rows)[None, :], other=0.0)
+        b_sum += tl.load(p_block - 8, mask=m_block & ((o_y > 0) & (o_y <= rows))[None, :], other=0.0)
+    tl.store(p_sums + h * (tl.num_programs(1) * BLOCK_C) + o_c, tl.sum(b_sum, 0))
+
+
+@triton.jit
 def line_gradient_kernel(
-    p_sums, p_far, p_dline, offsets, first_offset, step, left, right, far_pairs, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    p_sums, p_far, p_dline, offsets, first_distance, step, left, right, far_pairs, WIDTH: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of one head's line, from the diagonal sums of the near tiles and the sums over the far ones.
+    """Gradient of one head's line, from rows of WIDTH diagonal sums of the near tiles and the sums over the far ones.
     Grid (heads).
     """
     h = tl.program_id(0)
-    WIDTH: tl.constexpr = 2 * BLOCK_M if BLOCK_M >= BLOCK_N else 2 * BLOCK_N  # of a row of sums
     o_l = tl.arange(0, BLOCK_L)  # entry of the line
     o_c = tl.arange(0, WIDTH)
     b_line = tl.zeros([BLOCK_L], tl.float32)
     b_left = tl.zeros([WIDTH], tl.float32)
     b_right = tl.zeros([WIDTH], tl.float32)
     for t in range(offsets):
-        first = first_offset + t * step - (BLOCK_M - 1)  # distance of diagonal 0
+        first = first_distance + t * step  # distance of diagonal 0
         p_row = p_sums + (h * offsets + t) * WIDTH
         o_d = o_l - left - first
         b_line += tl.load(p_row + o_d, mask=(o_d >= 0) & (o_d < WIDTH) & (o_l > 0) & (o_l < left + right), other=0.0)

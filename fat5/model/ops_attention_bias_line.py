@@ -81,13 +81,27 @@ def line_gradient(
     block_m, block_n = tiles.shape[2:] if not keys_first else tiles.shape[:1:-1]
     block = max(block_m, block_n)
     sums = torch.empty((heads * offsets, 2 * block), dtype=torch.float32, device=tiles.device)
-    dline = torch.empty((heads, bias.left + bias.right + 1), dtype=torch.float32, device=tiles.device)
     chunk = min(32, 2 * block)
     diagonal_sums_kernel[(heads * offsets, 2 * block // chunk)](
         tiles, sums, tiles.shape[1], BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_C=chunk, KEYS_FIRST=keys_first
     )
-    line_gradient_kernel[(heads,)](
-        sums, far, dline, offsets, first, step, bias.left, bias.right, far.shape[1], BLOCK_M=block_m, BLOCK_N=block_n,
-        BLOCK_L=triton.next_power_of_2(bias.left + bias.right + 1), BLOCK_F=1024,
+    return line_gradient_of_sums(sums, far, bias, first - (block_m - 1), step, offsets)
+
+
+def line_gradient_of_sums(
+    sums: torch.Tensor,
+    far: torch.Tensor,
+    bias: "BiasArgs",
+    first: int,
+    step: int,
+    offsets: int,
+) -> torch.Tensor:
+    """As `line_gradient`, from sums along diagonals, fp32 `[H * offsets, width]`, a power of two wide: the first of
+    them is of distance `first`, and `step` more with each offset.
+    """
+    dline = torch.empty((sums.shape[0] // offsets, bias.left + bias.right + 1), dtype=torch.float32, device=sums.device)
+    line_gradient_kernel[(dline.shape[0],)](
+        sums, far, dline, offsets, first, step, bias.left, bias.right, far.shape[1],
+        WIDTH=sums.shape[1], BLOCK_L=triton.next_power_of_2(bias.left + bias.right + 1), BLOCK_F=1024,
     )  # fmt: skip
     return dline

@@ -31,6 +31,18 @@ def test_real_sizes(device, dtype, kind, causal, deterministic):
     check(x, deterministic=deterministic)
 
 
+@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("table", [(8, 20, True), (32, 128, True), (32, 128, False), (64, 128, True), (64, 256, True)])
+@pytest.mark.parametrize(("lq", "lk", "q_offset"), [(300, 300, 0), (65, 700, 37), (700, 130, 0)])
+def test_near_sums(device, d, table, lq, lk, q_offset):
+    """What the fused kernel sums along diagonals, where tiles end early or start late, and lines too long for it."""
+    buckets, max_distance, bidirectional = table
+    check(
+        make(device, lq, lk, d=d, heads=3, dtype=torch.bfloat16, buckets=buckets, max_distance=max_distance,
+             bidirectional=bidirectional, causal=not bidirectional, q_offset=q_offset, scale=d**-0.5)
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("causal", [False, True])
 def test_packs_of_mixed_lengths(device, dtype, causal):
