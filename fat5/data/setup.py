@@ -6,6 +6,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fat5.data.batches import BatchDataset
 from fat5.data.corpus_order import CorpusOrder
+from fat5.data.documents import read_documents
 from fat5.data.encode import Encoder
 from fat5.data.options import CorpusOptions, DataOptions, MixtureOptions
 from fat5.data.schedule import Budget, Schedule
@@ -129,7 +130,7 @@ def streamed_batches(
         window = window_that_packs(documents, mixture, *lengths)
     else:
         window = checked_window(mixture, options.window, *lengths)
-    return StreamBatches(
+    batches = StreamBatches(
         options.train,
         options.weights(),
         tokenizer,
@@ -140,3 +141,6 @@ def streamed_batches(
         seed,
         batches_per_step,
     )
+    for corpus in options.train:
+        next(read_documents(corpus), None)  # a corpus that is not there is told now, not in the middle of a run
+    return batches
