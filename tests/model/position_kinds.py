@@ -18,7 +18,12 @@ KINDS = {
         "rotary_base": 50,
     },
     "xpos": {"position_encoding_type": "RoPE", "rotary_scale_base": 32, "max_sequence_length": 64},
-    "fire": {"position_encoding_type": "FIRE", "fire_mlp_width": 5, "relative_attention_max_distance": 17},
+    "fire": {
+        "position_encoding_type": "FIRE",
+        "fire_mlp_width": 5,
+        "relative_attention_num_buckets": 8,
+        "relative_attention_max_distance": 6,  # L, which sequences exceed
+    },
 }
 
 

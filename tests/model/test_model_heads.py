@@ -180,6 +180,8 @@ def test_the_last_end_of_sequence_counts_and_each_row_may_have_its_own_number_of
     inputs["input_ids"][0, 3] = 1
     changed = model(**inputs).logits
     torch.testing.assert_close(changed[1:], expected[1:])
+    states = model.encoder(inputs["input_ids"], inputs["attention_mask"]).last_hidden_state
+    torch.testing.assert_close(changed[:1], model.classification_head(states[:1, 16]))
     inputs["input_ids"][1] = 7
     with pytest.raises(ValueError, match="must hold an end-of-sequence token"):
         model(**inputs)

@@ -20,7 +20,12 @@ def test_in_the_interpreter():
 @needs_kernels
 @pytest.mark.parametrize(
     ("kind", "packed"),
-    [("alibi", True), ("rope", True), ("alibi_asymmetric", False), ("fire", False)],
+    [
+        ("alibi", True),
+        ("fire", False),
+        pytest.param("rope", True, marks=pytest.mark.gpu),  # nothing of it is in the kernel: quicker on a real one
+        pytest.param("alibi_asymmetric", False, marks=pytest.mark.gpu),
+    ],
 )
 def test_a_model_equals_itself_on_eager(kind, packed):
     inputs = batch("left" if packed else "right", *LENGTHS)
