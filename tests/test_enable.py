@@ -94,7 +94,7 @@ def test_logits_and_gradients(family, kind):
     expected = run(model, inputs)
     fat5.enable(model)
     assert_near(run(model, inputs), expected)
-    rounding = 0 if DEVICE.type == "cpu" else 1e-6  # a GPU adds the gradient of an embedding in any order
+    rounding = 0 if DEVICE.type == "cpu" else 1e-4  # a GPU adds a table's gradient, 10^5 terms an entry, in any order
     assert_near(run(fat5.disable(model), inputs), expected, rounding)
 
 

@@ -36,9 +36,10 @@ def eager_attention(
         Output `[B, H, Lq, Dk]` and weights `[B, H, Lq, Lk]` in the dtype of the inputs.
     """
     scores = torch.matmul(query, key.transpose(2, 3)) * scale
-    if bias is not None:
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    if bias is not None:  # in fp16 the sum with a mask would be infinite, and the gradient of a masked row NaN
         scores = scores + bias
-    weights = F.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
+    weights = F.softmax(scores, dim=-1).to(query.dtype)
     weights = F.dropout(weights, p=dropout, training=dropout > 0)
     return torch.matmul(weights, value), weights
 

@@ -38,8 +38,13 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def kernels_serve(device: torch.device) -> bool:
-    """Whether tensors on `device` go through the Triton kernels; elsewhere `attention` is plain torch."""
-    return HAS_KERNELS and (device.type == "cuda" or INTERPRETED)
+    """Whether tensors on `device` go through the Triton kernels: an NVIDIA GPU from sm_80 on, or the interpreter."""
+    return HAS_KERNELS and (INTERPRETED or (device.type == "cuda" and _is_supported(device)))
+
+
+@torch.compiler.assume_constant_result  # a compiled model is compiled for one device
+def _is_supported(device: torch.device) -> bool:
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def attention(

@@ -62,7 +62,7 @@ class FlashT5PreTrainedModel(PreTrainedModel):
         return self.encoder
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
-        """The implementation that a request stands for, "sdpa" where there is none.
+        """The implementation that a request stands for, "fat5" where there is none.
 
         "fat5" and "flash_attention_2" are resolved call by call: the kernels on the devices that have them, sdpa on
         others.
@@ -70,7 +70,7 @@ class FlashT5PreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: if FlashT5 has no such implementation.
         """
-        implementation = "sdpa" if requested_attention is None else requested_attention
+        implementation = "fat5" if requested_attention is None else requested_attention
         reason = None
         if implementation == FLASH_ATTENTION:
             reason = why_not_flash(self.config)

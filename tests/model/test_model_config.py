@@ -172,11 +172,11 @@ def test_attention_implementations_that_do_not_exist_are_refused(implementation,
         FlashT5ForConditionalGeneration(FlashT5Config(**SHAPE, attn_implementation=implementation))
 
 
-def test_default_attention_is_sdpa():
+def test_default_attention_is_fat5():
     model = FlashT5ForConditionalGeneration(FlashT5Config(**SHAPE))
-    assert model.config._attn_implementation == "sdpa"
+    assert model.config._attn_implementation == "fat5"
     assert model.encoder.block[1].self_attention_layer.self_attention.config is model.config
     model.set_attn_implementation("eager")
     assert model.config._attn_implementation == "eager"
-    model.set_attn_implementation("fat5")
-    assert model.config._attn_implementation == "fat5"
+    model.set_attn_implementation("sdpa")
+    assert model.config._attn_implementation == "sdpa"

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from fat5.model import FlashT5Config, FlashT5EncoderModel, FlashT5ForConditionalGeneration, FlashT5Model
+from fat5.model.attention import eager_attention
 
 
 def gradients(model, inputs):
@@ -224,3 +225,13 @@ def test_families_cover_every_kind_of_feed_forward():
     kinds = {fields["feed_forward_proj"] for _, _, fields, _ in FAMILIES.values()}
     assert kinds == {"relu", "gelu", "gated-gelu", "gated-silu"}
     assert isinstance(build_pair("t5")[1].encoder.block[0].ff_layer.act.wi, nn.Linear)
+
+
+def test_fp16_rows_without_keys_give_no_nan_on_eager():
+    """Scores of -200 and a mask of fp16's lowest number add up beyond its range."""
+    query, key, value = (torch.full((1, 1, 2, 4), x, dtype=torch.float16, requires_grad=True) for x in (10, -5, 1))
+    bias = torch.zeros(1, 1, 2, 2, dtype=torch.float16)
+    bias[:, :, 1] = torch.finfo(torch.float16).min
+    output, _ = eager_attention(query, key, value, bias, 1.0, 0.0)
+    gradients = torch.autograd.grad(output[:, :, :1].sum(), (query, key, value))
+    assert all(gradient.isfinite().all() for gradient in gradients)
