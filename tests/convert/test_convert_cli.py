@@ -11,7 +11,7 @@ from click.testing import CliRunner, Result
 from toy_checkpoints import FAMILIES
 
 from fat5convert.cli import main
-from fat5convert.writer import hash_tensor
+from fat5convert.hashing import hash_tensor
 
 
 def run(*args: object, code: int = 0) -> Result:

@@ -98,10 +98,10 @@ def test_a_wrong_scale_is_caught(
     family: str, originals: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Were the family table wrong about scaling, the oracle, which does not read it, would say so."""
-    from fat5convert import families
+    from fat5convert import recognise
 
-    right = families._scaling
-    monkeypatch.setattr(families, "_scaling", lambda raw, family: (not right(raw, family)[0], "wrong on purpose"))
+    right = recognise.read_scaling
+    monkeypatch.setattr(recognise, "read_scaling", lambda raw, family: (not right(raw, family)[0], "wrong on purpose"))
     with pytest.raises(DifferenceError, match="logits_error"):
         convert(str(originals[family]), tmp_path / "out")
 
