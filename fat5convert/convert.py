@@ -152,6 +152,9 @@ def _write(plan: Plan, folder: Path, shard_size: int, advance: Advance) -> dict[
     tensors = write_weights(folder, items, shard_size, advance, journal)
     journal.close()
     rounding = {name: facts.pop("rounding") for name, facts in tensors.items() if "rounding" in facts}
+    overflows = [name for name, errors in rounding.items() if errors["overflows"]]
+    if overflows and plan.dtype == "float16":
+        raise ConvertError(f"float16 cannot hold the values of {', '.join(overflows)}. Use bfloat16.")
 
     write_config(folder, plan.config, plan.outputs, checkpoint.config, keep=plan.dtype == "keep")
     write_side_files(folder, checkpoint, recognised)

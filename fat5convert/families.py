@@ -47,7 +47,13 @@ VARIANTS: tuple[Variant, ...] = (
     Variant("ProtT5", "t5", "Rostlab/prot_t5_xl_*", "also its half-precision encoder", {"vocab_size": 128}),
     Variant("Ankh", "t5", "ElnaggarLab/ankh-*", "64 buckets", {"relative_attention_num_buckets": 64}),
     Variant("UL2", "t5", "google/ul2, google/flan-ul2", "gated-silu", {"feed_forward_proj": "gated-silu"}),
-    Variant("MADLAD-400", "t5", "google/madlad400-*", "no `shared`, pad is not decoder_start", {"vocab_size": 256000}),
+    Variant(
+        "MADLAD-400",
+        "t5",
+        "google/madlad400-*",
+        "no `shared`, pad is not decoder_start",
+        {"pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 0},
+    ),
     Variant(
         "T5 v1.1",
         "t5",

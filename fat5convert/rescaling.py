@@ -86,13 +86,15 @@ def choose_rescaling(checkpoint: Checkpoint, recognised: Recognised) -> Rescalin
             )
         if j:
             inner[name] = j
-    for name, value in largest["fixed"].items():
+    rescaling = Rescaling(_exponent(stream), inner)
+    for name, found in largest["fixed"].items():
+        value = found * 2.0 ** rescaling.exponent(f"{name}.weight", recognised.layout)  # a tied decoder's last norm
         if not value <= _LARGEST:
             raise ConvertError(
                 f"{checkpoint.folder}: float16 cannot hold the values of {name} (up to {value:.3g} on the probe), "
                 "which no rescaling reaches. Use bfloat16."
             )
-    return Rescaling(_exponent(stream), inner)
+    return rescaling
 
 
 def _exponent(value: float) -> int:

@@ -30,9 +30,7 @@ class InMemory:
 
 def items(tensors: dict[str, torch.Tensor]) -> list[Item]:
     source = InMemory(tensors)
-    return [
-        Item(name, source, name, TensorInfo(t.dtype, tuple(t.shape)), Form(t.dtype)) for name, t in tensors.items()
-    ]
+    return [Item(name, source, name, TensorInfo(t.dtype, tuple(t.shape)), Form(t.dtype)) for name, t in tensors.items()]
 
 
 TENSORS = {
