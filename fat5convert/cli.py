@@ -310,7 +310,3 @@ def _size(count: float) -> str:
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.3g} GB"
-
-
-if __name__ == "__main__":
-    main()
