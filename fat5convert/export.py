@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -47,9 +48,9 @@ def export(
 ) -> Exported:
     """Write the stock T5 folder of a FAT5 folder, converted or trained since.
 
-    Tensors are renamed, never changed, except that a rescaling for float16 is undone, in float32. Where the head is
-    not (tied and scaled), it is stored, with `tie_word_embeddings: false`: the one form that every release of
-    `transformers` reads rightly.
+    Tensors are renamed, never changed, except that a rescaling for float16 is undone, in float32, and that the queries
+    take on an attention scale that is a power of two. Where the head is not (tied and scaled), it is stored, with
+    `tie_word_embeddings: false`: the one form that every release of `transformers` reads rightly.
 
     Args:
         out: the FAT5 folder; its `conversion.json` is used if there, not needed.
@@ -82,7 +83,7 @@ def export(
     config.layer_norm_epsilon = config.layer_norm_epsilon * 2.0 ** (2 * rescaling.residual)
     model_type = _model_type(config, provenance)
     sources = {pair.t5: pair.fat5 for pair in pairs}
-    forms = {pair.t5: _form(checkpoint, pair, layout, rescaling) for pair in pairs}
+    forms = {pair.t5: _form(checkpoint, pair, layout, rescaling, config.softmax_scale) for pair in pairs}
     raw = _carried(provenance) | stock_config(config, model_type, tied, encoder_only)
     if not raw["tie_word_embeddings"] and not encoder_only:
         sources.setdefault("lm_head.weight", "shared.weight")
@@ -109,10 +110,12 @@ def export(
     return Exported(model_type, len(items), nbytes, leftovers, _warnings(config, model_type, tied, encoder_only))
 
 
-def _form(checkpoint: Checkpoint, pair: Pair, layout: Layout, rescaling: Rescaling) -> Form:
+def _form(checkpoint: Checkpoint, pair: Pair, layout: Layout, rescaling: Rescaling, scale: float) -> Form:
     exponent = -rescaling.exponent(pair.t5, layout)
+    if pair.t5.endswith("Attention.q.weight"):
+        exponent += round(math.log2(scale))  # stock T5 has no scale: the queries take it on
     dtype = checkpoint.tensors[pair.fat5].dtype
-    return Form(torch.float32, exponent) if rescaling != Rescaling() else Form(dtype)
+    return Form(torch.float32 if rescaling != Rescaling() else dtype, exponent)
 
 
 def _read_config(checkpoint: Checkpoint) -> FlashT5Config:
@@ -123,8 +126,9 @@ def _read_config(checkpoint: Checkpoint) -> FlashT5Config:
         config = FlashT5Config.from_dict(raw)
     except (ValueError, TypeError) as error:
         raise ConvertError(f"{where}: {error}") from error
-    if config.softmax_scale != 1.0:
-        raise ConvertError(f"{where}: attention_scale {config.attention_scale!r}: stock T5 has no scale but 1.0")
+    if math.frexp(config.softmax_scale)[0] != 0.5:
+        scale = f"{config.softmax_scale!r} is no power of two, and stock T5 has no scale but 1.0"
+        raise ConvertError(f"{where}: attention_scale {scale}, so that nothing exact can be exported")
     if config.position_encoding_type != "t5":
         raise ConvertError(f"{where}: stock T5 has no positions of type {config.position_encoding_type!r}")
     return config
