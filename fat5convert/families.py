@@ -39,36 +39,36 @@ class Variant(NamedTuple):
 # The first whose every mark the config bears gives the title; the marks of later rows are weaker.
 VARIANTS: tuple[Variant, ...] = (
     Variant(
-        "Chronos-T5", "t5", "amazon/chronos-t5-*", "tied, 4096 bins, no text tokenizer", marks={"chronos_config": None}
+        "Chronos-T5", "t5", "amazon/chronos-t5", "tied, 4096 bins, no text tokenizer", marks={"chronos_config": None}
     ),
-    Variant("ByT5", "t5", "google/byt5-*", "bytes, encoder deeper than decoder", {"tokenizer_class": "ByT5Tokenizer"}),
+    Variant("ByT5", "t5", "google/byt5", "bytes, encoder deeper than decoder", {"tokenizer_class": "ByT5Tokenizer"}),
     Variant("ByT5", "t5", "", "", {"vocab_size": 384}),
-    Variant("CodeT5", "t5", "Salesforce/codet5-*", "eos 2, bos 1", {"bos_token_id": 1, "eos_token_id": 2}),
-    Variant("ProtT5", "t5", "Rostlab/prot_t5_xl_*", "also its half-precision encoder", {"vocab_size": 128}),
-    Variant("Ankh", "t5", "ElnaggarLab/ankh-*", "64 buckets", {"relative_attention_num_buckets": 64}),
+    Variant("CodeT5", "t5", "Salesforce/codet5", "eos 2, bos 1", {"bos_token_id": 1, "eos_token_id": 2}),
+    Variant("ProtT5", "t5", "Rostlab/prot_t5_xl", "also its half-precision encoder", {"vocab_size": 128}),
+    Variant("Ankh", "t5", "ElnaggarLab/ankh", "64 buckets", {"relative_attention_num_buckets": 64}),
     Variant("UL2", "t5", "google/ul2, google/flan-ul2", "gated-silu", {"feed_forward_proj": "gated-silu"}),
     Variant(
         "MADLAD-400",
         "t5",
-        "google/madlad400-*",
+        "google/madlad400",
         "no `shared`, pad is not decoder_start",
         {"pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 0},
     ),
     Variant(
         "T5 v1.1",
         "t5",
-        "google/t5-v1_1-*, FLAN-T5, T0, LM-adapted T5",
+        "google/t5-v1_1, FLAN-T5, T0, LM-adapted T5",
         "untied, unscaled head",
         {"feed_forward_proj": "gated-gelu"},
     ),
-    Variant("T5 v1.0", "t5", "google-t5/t5-*, google/t5-efficient-*, GTR, Sentence-T5", "tied head, scaled"),
-    Variant("mT5", "mt5", "google/mt5-*", "untied, unscaled head"),
-    Variant("Pile-T5", "umt5", "EleutherAI/pile-t5-*", "bias per layer, eos 2", {"eos_token_id": 2}),
-    Variant("umT5", "umt5", "google/umt5-*, Wan's text encoder", "bias per layer, often no `model_type`"),
+    Variant("T5 v1.0", "t5", "google-t5/t5-base, google/t5-efficient, GTR, Sentence-T5", "tied head, scaled"),
+    Variant("mT5", "mt5", "google/mt5", "untied, unscaled head"),
+    Variant("Pile-T5", "umt5", "EleutherAI/pile-t5", "bias per layer, eos 2", {"eos_token_id": 2}),
+    Variant("umT5", "umt5", "google/umt5, Wan's text encoder", "bias per layer, often no `model_type`"),
     Variant(
         "FAT5",
         "flash_t5",
-        "CATIE-AQ/FAT5-*",
+        "CATIE-AQ/FAT5",
         "published FAT5 with T5 positions; its code files are replaced",
     ),
 )

@@ -28,4 +28,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Write a JSON object, indented, with a final newline."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    try:
+        data = json.dumps(value, indent=2, ensure_ascii=False).encode()
+    except UnicodeEncodeError:  # half of a character, as `\ud800` in somebody's config: only an escape can carry it
+        data = json.dumps(value, indent=2).encode()
+    path.write_bytes(data + b"\n")
