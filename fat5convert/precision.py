@@ -64,16 +64,28 @@ class ErrorMeter:
 
     def add(self, before: torch.Tensor, after: torch.Tensor) -> None:
         """Take in some values and what they became (as fp32, their scale undone)."""
-        old, new = before.float(), after.float()  # the difference of a value and its rounding is exact in fp32
-        finite = old.isfinite()
-        overflow = ~new.isfinite() & finite
-        error = (new - old).masked_fill_(overflow | ~finite, 0.0)
-        relative = (error / old).abs_().masked_fill_((new == 0) | overflow, 0.0).nan_to_num_(0.0)
-        self._overflows += int(overflow.sum())
-        self._underflows += int(((new == 0) & (old != 0)).sum())
-        self._worst = max(self._worst, float(relative.max()) if relative.numel() else 0.0)
+        old, new = before.float(), after.float()
+        if not old.numel():
+            return
+        # Almost always nothing is infinite and nothing vanishes, and a few passes over the values are enough.
+        usual = _all_finite(old) and _all_finite(new)
+        vanish = int(torch.count_nonzero(old)) - int(torch.count_nonzero(new))
+        error = new - old  # of a value and its rounding, which is exact in fp32
+        if not usual or vanish:
+            finite = old.isfinite()
+            overflow = ~new.isfinite() & finite
+            vanished = (new == 0) & (old != 0)
+            self._overflows += int(overflow.sum())
+            self._underflows += int(vanished.sum())
+            error.masked_fill_(overflow | ~finite, 0.0)
+            old = old.masked_fill(~finite, 0.0)
+            relative = (error / old).masked_fill_((old == 0) | vanished, 0.0)
+        else:
+            relative = (error / old).nan_to_num_(0.0)  # what was zero is zero
+        low, high = torch.aminmax(relative)
+        self._worst = max(self._worst, -float(low), float(high))
         self._difference += _square_sum(error)
-        self._norm += _square_sum(old.masked_fill(~finite, 0.0))
+        self._norm += _square_sum(old)
 
     def result(self) -> RoundingError:
         """The errors of all values so far."""
@@ -81,8 +93,13 @@ class ErrorMeter:
         return RoundingError(self._worst, rms, self._overflows, self._underflows)
 
 
+def _all_finite(values: torch.Tensor) -> bool:
+    low, high = torch.aminmax(values)  # either is NaN if any value is
+    return bool(low.isfinite() & high.isfinite())
+
+
 def _square_sum(values: torch.Tensor) -> float:
-    return float(values.double().square_().sum())
+    return float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
 
 
 def short_name(dtype: torch.dtype) -> str:
