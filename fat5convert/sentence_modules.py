@@ -14,15 +14,8 @@ from fat5convert.errors import ConvertError
 from fat5convert.formats import open_weights
 from fat5convert.hashing import hash_file
 from fat5convert.precision import Form
+from fat5convert.source import MODULES_FILE, SENTENCE_FILES
 from fat5convert.writer import Item, write_weights
-
-MODULES_FILE = "modules.json"
-_TOP_FILES = ("config_sentence_transformers.json", "sentence_bert_config.json")
-HUB_PATTERNS = (
-    MODULES_FILE,
-    *_TOP_FILES,
-    *(f"[0-9]_*/{name}" for name in ("config.json", "model.safetensors", "pytorch_model.bin")),
-)
 
 
 def carry_modules(source: Path, target: Path) -> dict[str, str]:
@@ -45,7 +38,7 @@ def carry_modules(source: Path, target: Path) -> dict[str, str]:
         names = [module["path"] for module in json.loads(listing.read_text(encoding="utf-8"))]
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ConvertError(f"{listing}: malformed; expected a list of modules, each with its path") from error
-    for name in (MODULES_FILE, *_TOP_FILES):
+    for name in (MODULES_FILE, *SENTENCE_FILES):
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
     for name in names:
@@ -58,7 +51,7 @@ def carry_modules(source: Path, target: Path) -> dict[str, str]:
     return {
         path.relative_to(target).as_posix(): hash_file(path)
         for path in sorted(target.rglob("*"))
-        if path.is_file() and (path.parent != target or path.name in (MODULES_FILE, *_TOP_FILES))
+        if path.is_file() and (path.parent != target or path.name in (MODULES_FILE, *SENTENCE_FILES))
     }
 
 

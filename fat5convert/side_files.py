@@ -56,12 +56,15 @@ def write_side_files(folder: Path, checkpoint: Checkpoint, recognised: Recognise
     for path in files:
         shutil.copyfile(path, folder / path.name)
     names = {path.name for path in files}
-    if "generation_config.json" not in names and not recognised.layout.encoder_only:
+    published = recognised.naming.column == "fat5"  # where pad_token_id -100 is usual
+    path = folder / "generation_config.json"
+    if not recognised.layout.encoder_only and (published or path.name not in names):
         settings = {key: value for key, value in raw.items() if key in _GENERATION_KEYS and value is not None}
+        settings |= read_json(path) if path.is_file() else {}
         for key in ("decoder_start_token_id", "eos_token_id", "pad_token_id"):
-            if recognised.title == "FAT5" or settings.get(key) is None:
+            if published or settings.get(key) is None:
                 settings[key] = recognised.config[key]
-        write_json(folder / "generation_config.json", settings)
+        write_json(path, settings)
     if names - {"generation_config.json"}:
         # AutoTokenizer finds the class by model type when this file does not name it; flash_t5 has none.
         path = folder / "tokenizer_config.json"

@@ -46,6 +46,10 @@ TOKENIZER_FILES = (
 )
 PICKLE_SUFFIXES = (".bin", ".pth", ".pt", ".ckpt")
 SETTINGS_FILES = ("config.json", "generation_config.json", *TOKENIZER_FILES)
+# Of a sentence-transformers folder, beside the encoder.
+MODULES_FILE = "modules.json"
+SENTENCE_FILES = ("config_sentence_transformers.json", "sentence_bert_config.json")
+_MODULE_PATTERNS = tuple(f"[0-9]_*/{name}" for name in ("config.json", "model.safetensors", "pytorch_model.bin"))
 _SAFETENSORS_PATTERNS = ("model.safetensors", "model.safetensors.index.json", "model-*.safetensors")
 _PICKLE_PATTERNS = ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*.bin")
 
@@ -97,9 +101,8 @@ def local(folder: Path) -> Location:
 def _download(repo: str, revision: str | None) -> Location:
     wanted = f"{repo} at revision {revision}" if revision else repo
     try:
-        folder = Path(
-            snapshot_download(repo, revision=revision, allow_patterns=[*SETTINGS_FILES, *_SAFETENSORS_PATTERNS])
-        )
+        beside = [*SETTINGS_FILES, MODULES_FILE, *SENTENCE_FILES, *_MODULE_PATTERNS]
+        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=[*beside, *_SAFETENSORS_PATTERNS]))
         commit = folder.name
         if not any((folder / name).exists() for name in WEIGHT_FILES):
             snapshot_download(repo, revision=commit, allow_patterns=list(_PICKLE_PATTERNS))

@@ -76,7 +76,7 @@ def kill_at_random(source: Path, out: Path, times: int, seed: int, overwrite: bo
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_kill_9_at_random_moments(overwrite: bool, source: Path, tmp_path: Path) -> None:
-    kill_at_random(source, tmp_path / "out", times=4, seed=0, overwrite=overwrite)
+    kill_at_random(source, tmp_path / "out", times=3, seed=0, overwrite=overwrite)
 
 
 @pytest.mark.slow
@@ -217,7 +217,12 @@ def test_a_limit_on_file_size(source: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "when"), [(signal.SIGINT, "importing"), (signal.SIGTERM, "writing"), (signal.SIGINT, "writing")]
+    ("number", "when"),
+    [
+        (signal.SIGINT, "importing"),
+        (signal.SIGTERM, "writing"),
+        pytest.param(signal.SIGINT, "writing", marks=pytest.mark.slow),
+    ],
 )
 def test_signals_end_it_cleanly(number: signal.Signals, when: str, source: Path, tmp_path: Path) -> None:
     out, log = tmp_path / "out", tmp_path / "log"

@@ -270,8 +270,11 @@ def test_sentence_modules_leading_elsewhere(path: object, tmp_path: Path) -> Non
 def test_published_fat5(scale: float | None, originals: dict[str, Path], tmp_path: Path) -> None:
     """Null means 1/sqrt(num_heads) there; the oracle is stock T5 with queries multiplied by it."""
     source = write_published_fat5(tmp_path / "source", originals["t5-v1.1"], attention_scale=scale)
+    (source / "generation_config.json").write_text('{"pad_token_id": -100, "num_beams": 2}')
     report = convert(str(source), tmp_path / "out")
     assert report.plan.recognised.title == "FAT5"
+    generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert (generation["pad_token_id"], generation["num_beams"]) == (0, 2)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["feed_forward_proj"] == "gated-gelu"
     assert (config["pad_token_id"], config["decoder_start_token_id"]) == (0, 0)
@@ -316,3 +319,18 @@ def test_a_null_pad_token(flan: Path, tmp_path: Path) -> None:
     assert report.parity is not None
     assert json.loads((tmp_path / "out" / "config.json").read_text())["pad_token_id"] is None
     shutil.rmtree(tmp_path / "out")
+
+
+def test_aliases_recorded_in_the_metadata(originals: dict[str, Path], tmp_path: Path) -> None:
+    """Safetensors keeps one of several names for the same tensor, and may note the others: here the embedding's."""
+    source = Path(shutil.copytree(originals["t5-v1.0"], tmp_path / "source"))
+    tensors = load_file(source / "model.safetensors")
+    kept = "decoder.embed_tokens.weight"
+    tensors[kept] = tensors.pop("shared.weight")
+    aliases = {name: kept for name in ("shared.weight", "encoder.embed_tokens.weight", "lm_head.weight")}
+    save_file(tensors, source / "model.safetensors", {"format": "pt", **aliases})
+    report = convert(str(source), tmp_path / "out", verify=False)
+    assert report.plan.recognised.layout.tied
+    written = all_tensors(tmp_path / "out")
+    assert "lm_head.weight" not in written
+    assert torch.equal(written["shared.weight"], tensors[kept])
