@@ -26,8 +26,15 @@ def load_stock(family: str, folder: Path) -> Any:
     return FAMILIES[family].model_class.from_pretrained(folder, attn_implementation="eager")
 
 
-@pytest.mark.parametrize("dialect", [4, 5])
-@pytest.mark.parametrize("weights", ["safetensors", "bin"])
+@pytest.mark.parametrize(
+    ("weights", "dialect"),
+    [
+        ("safetensors", 4),
+        ("bin", 5),
+        pytest.param("safetensors", 5, marks=pytest.mark.slow),
+        pytest.param("bin", 4, marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_round_trip_is_bit_identical(family: str, weights: str, dialect: int, tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "source", family, dialect=dialect, weights=weights)
