@@ -127,7 +127,7 @@ class _Comparison:
 
     def _outputs(self, model: Any, oracle: bool = False) -> tuple[Outputs, torch.Tensor | None]:
         unscaled = oracle and self.recognised.model_type == "umt5"
-        outputs = run_probe(model, self.probe, encoder_only=self.encoder_only, unscaled=unscaled)
+        outputs = run_probe(model, self.probe, encoder_only=self.encoder_only, unscaled=unscaled, own_loss=self.whole)
         if outputs.logits is None:
             return outputs, None
         if not self.whole:

@@ -54,7 +54,9 @@ def make_probe(config: Mapping[str, Any]) -> Probe:
 
 
 @torch.no_grad()
-def run_probe(model: Any, probe: Probe, *, encoder_only: bool, unscaled: bool = False) -> Outputs:
+def run_probe(
+    model: Any, probe: Probe, *, encoder_only: bool, unscaled: bool = False, own_loss: bool = False
+) -> Outputs:
     """Run a model.
 
     Args:
@@ -62,6 +64,7 @@ def run_probe(model: Any, probe: Probe, *, encoder_only: bool, unscaled: bool = 
         probe: the inputs.
         encoder_only: the model has no decoder.
         unscaled: apply the head to the decoder's states as they are, whatever the model does.
+        own_loss: let the model compute the loss, which takes the memory of two more copies of its logits.
 
     Returns:
         What it computes, in fp32.
@@ -74,14 +77,13 @@ def run_probe(model: Any, probe: Probe, *, encoder_only: bool, unscaled: bool = 
         input_ids=probe.input_ids,
         attention_mask=probe.attention_mask,
         decoder_input_ids=probe.decoder_input_ids,
-        labels=probe.labels,
+        labels=probe.labels if own_loss and not unscaled else None,
         output_hidden_states=unscaled,
         use_cache=False,
     )
     real = probe.labels != -100
-    logits, loss = output.logits, output.loss
-    if unscaled:
-        logits = model.lm_head(output.decoder_hidden_states[-1])
-        loss = F.cross_entropy(logits[real].float(), probe.labels[real])
-    logits = logits[real].float()
+    logits = model.lm_head(output.decoder_hidden_states[-1]) if unscaled else output.logits
+    logits, loss = logits[real].float(), output.loss
+    if loss is None:
+        loss = F.cross_entropy(logits, probe.labels[real])
     return Outputs(output.encoder_last_hidden_state[seen].float(), logits, float(loss))
