@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -11,32 +10,25 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import GenerationConfig
 
-from fat5.model import AUTO_MAP, FlashT5Config, copy_runtime_files
+from fat5.model import copy_runtime_files
 from fat5convert.errors import ConvertError, DifferenceError
-from fat5convert.families import FAMILIES, Recognised, recognise
 from fat5convert.formats import TensorInfo
-from fat5convert.precision import CONVERTIBLE, POLICIES, RoundingError, apply, rounding_error, short_name
-from fat5convert.source import SETTINGS_FILES, Checkpoint, locate, read_json, write_json
-from fat5convert.verify import verify_checkpoint
-from fat5convert.writer import (
-    Advance,
-    Item,
-    check_space,
-    check_target,
-    hash_file,
-    hash_tensor,
-    holds_model,
-    staged,
-    write_weights,
-)
+from fat5convert.hashing import hash_file
+from fat5convert.journal import Journal
+from fat5convert.json_files import write_json
+from fat5convert.precision import POLICIES, Form, is_bfloat16_exact, kept_dtype
+from fat5convert.recognise import Recognised, recognise
+from fat5convert.rescaling import Rescaling, choose_rescaling
+from fat5convert.sentence_modules import carry_modules
+from fat5convert.side_files import write_config, write_side_files
+from fat5convert.source import SETTINGS_FILES, Checkpoint, locate
+from fat5convert.staging import check_space, check_target, holds_model, staged
+from fat5convert.verify import verify_written
+from fat5convert.writer import Advance, Item, write_weights
 
-CONVERSION_SCHEMA = "fat5-conversion/1"
+CONVERSION_SCHEMA = "fat5-conversion/2"
 DEFAULT_SHARD_SIZE = 2_000_000_000
-
-# Configs written by early releases of transformers also hold what is for generation.
-_GENERATION_KEYS = set(GenerationConfig().to_dict()) - {"transformers_version"}
 
 
 @dataclass(frozen=True)
@@ -45,8 +37,19 @@ class Plan:
 
     checkpoint: Checkpoint
     recognised: Recognised
-    dtype: str
-    outputs: dict[str, TensorInfo]
+    dtype: str  # the policy; `auto` is already decided
+    rescaling: Rescaling
+    forms: dict[str, Form]  # by FAT5 name
+
+    @property
+    def outputs(self) -> dict[str, TensorInfo]:
+        """Description of every tensor in OUT."""
+        return {pair.fat5: TensorInfo(self.forms[pair.fat5].dtype, pair.shape) for pair in self.recognised.pairs}
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Fields of FlashT5Config in OUT."""
+        return self.rescaling.adapt(self.recognised.config)
 
     @property
     def nbytes(self) -> int:
@@ -68,19 +71,29 @@ class Report:
     parity: dict[str, Any] | None
 
 
-def plan_conversion(model: str, *, dtype: str = "keep", revision: str | None = None) -> Plan:
+def plan_conversion(model: str, *, dtype: str = "keep", revision: str | None = None, config: str | None = None) -> Plan:
     """Find and understand MODEL without writing anything.
 
+    Arguments as in `convert`. `auto` reads the weights up to the first that is no bfloat16 value, `float16` runs the
+    model on a probe.
+
     Raises:
-        ConvertError: MODEL cannot be found, read or understood.
+        ConvertError: MODEL cannot be found, read or understood, or cannot be made safe for float16.
     """
-    checkpoint = Checkpoint(locate(model, revision))
+    checkpoint = Checkpoint(locate(model, revision), config)
     recognised = recognise(checkpoint)
-    target = POLICIES[dtype]
-    outputs = {
-        pair.fat5: TensorInfo(target or checkpoint.tensors[pair.t5].dtype, pair.shape) for pair in recognised.pairs
+    if dtype == "auto":
+        exact = all(is_bfloat16_exact(checkpoint.chunks(pair.source)) for pair in recognised.pairs)
+        dtype = "bfloat16" if exact else "keep"
+    rescaling = choose_rescaling(checkpoint, recognised) if dtype == "float16" else Rescaling()
+    forms = {
+        pair.fat5: Form(
+            POLICIES[dtype] or kept_dtype(checkpoint.tensors[pair.source].dtype),
+            rescaling.exponent(pair.t5, recognised.layout),
+        )
+        for pair in recognised.pairs
     }
-    return Plan(checkpoint, recognised, dtype, outputs)
+    return Plan(checkpoint, recognised, dtype, rescaling, forms)
 
 
 def convert(
@@ -89,6 +102,7 @@ def convert(
     *,
     dtype: str = "keep",
     revision: str | None = None,
+    config: str | None = None,
     shard_size: int = DEFAULT_SHARD_SIZE,
     verify: bool = True,
     overwrite: bool = False,
@@ -97,10 +111,12 @@ def convert(
     """Convert MODEL into the FAT5 repo OUT, which appears complete (and verified) or not at all.
 
     Args:
-        model: local folder, or Hub id.
+        model: local folder or single weight file, or Hub id.
         out: folder to make.
-        dtype: `keep` (bit-exact), `bfloat16` (round to nearest even) or `float32` (exact).
+        dtype: `keep` (bit-exact), `auto` (bfloat16 if every value is one already, else keep), `bfloat16` (round to
+            nearest even), `float32` (exact), or `float16` (rescaled by powers of two where its range is too small).
         revision: branch, tag or commit, for a Hub id.
+        config: for a single file, a name in `known_configs.KNOWN_CONFIGS` or a JSON file.
         shard_size: most bytes per weight file.
         verify: compare with stock `transformers` before OUT appears.
         overwrite: replace an OUT that is an earlier conversion.
@@ -112,14 +128,14 @@ def convert(
     """
     out = Path(out)
     check_target(out, overwrite, holds_model("flash_t5"))
-    plan = plan_conversion(model, dtype=dtype, revision=revision)
-    _check_apart(plan.checkpoint.folder, out)
+    plan = plan_conversion(model, dtype=dtype, revision=revision, config=config)
+    _check_apart(plan.checkpoint, out)
     check_space(out, plan.nbytes)
-    with staged(out, overwrite, holds_model("flash_t5")) as folder:
+    with staged(out, overwrite, holds_model("flash_t5"), resume=True) as folder:
         conversion = _write(plan, folder, shard_size, progress(plan) if progress else lambda count: None)
         parity = None
         if verify:
-            parity = verify_checkpoint(folder, plan.checkpoint)
+            parity = verify_written(folder, plan.checkpoint, plan.recognised, conversion)
             if parity["result"] != "same":
                 raise DifferenceError(f"{out} was not written: {'; '.join(parity['differences'])}")
             write_json(folder / "parity.json", parity)
@@ -128,32 +144,22 @@ def convert(
 
 def _write(plan: Plan, folder: Path, shard_size: int, advance: Advance) -> dict[str, Any]:
     checkpoint, recognised = plan.checkpoint, plan.recognised
-    tensors: dict[str, dict[str, Any]] = {}
-    errors: dict[str, RoundingError] = {}
+    items = [
+        Item(pair.fat5, checkpoint, pair.source, checkpoint.tensors[pair.source], plan.forms[pair.fat5])
+        for pair in recognised.pairs
+    ]
+    journal = Journal(folder, _fingerprint(plan, shard_size))
+    tensors = write_weights(folder, items, shard_size, advance, journal)
+    journal.close()
+    rounding = {name: facts.pop("rounding") for name, facts in tensors.items() if "rounding" in facts}
+    overflows = [name for name, errors in rounding.items() if errors["overflows"]]
+    if overflows and plan.dtype == "float16":
+        raise ConvertError(f"float16 cannot hold the values of {', '.join(overflows)}. Use bfloat16.")
 
-    def producer(t5: str, fat5_name: str) -> Callable[[], torch.Tensor]:
-        def produce() -> torch.Tensor:
-            before = checkpoint.load(t5)
-            after = apply(before, plan.dtype)
-            tensors[fat5_name] = {"source": t5, "source_dtype": short_name(before.dtype)}
-            if after.dtype != before.dtype:
-                tensors[fat5_name]["source_sha256"] = hash_tensor(before)
-                errors[fat5_name] = rounding_error(before, after)
-            return after
-
-        return produce
-
-    items = [Item(pair.fat5, plan.outputs[pair.fat5], producer(pair.t5, pair.fat5)) for pair in recognised.pairs]
-    hashes = write_weights(folder, items, shard_size, advance)
-    for name, entry in tensors.items():
-        entry["dtype"] = short_name(plan.outputs[name].dtype)
-        entry["sha256"] = hashes[name]
-        entry.setdefault("source_sha256", hashes[name])
-
-    _write_config(plan, folder)
-    _write_side_files(plan, folder)
+    write_config(folder, plan.config, plan.outputs, checkpoint.config, keep=plan.dtype == "keep")
+    write_side_files(folder, checkpoint, recognised)
+    modules = carry_modules(checkpoint.folder, folder) if checkpoint.location.file is None else {}
     copy_runtime_files(folder)
-    worst_first = sorted(errors.items(), key=lambda item: -item[1].max_relative)
     conversion = {
         "schema": CONVERSION_SCHEMA,
         "source": {
@@ -164,10 +170,12 @@ def _write(plan: Plan, folder: Path, shard_size: int, advance: Advance) -> dict[
         "model_type": recognised.model_type,
         "decisions": recognised.decisions(),
         "dtype": plan.dtype,
+        "rescaling": plan.rescaling.as_dict(),
         "tensors": {pair.fat5: tensors[pair.fat5] for pair in recognised.pairs},
         "files": {path.name: hash_file(path) for path in sorted(folder.iterdir()) if path.name in SETTINGS_FILES},
+        "modules": modules,
         "leftovers": recognised.leftovers,
-        "rounding": {name: error.as_dict() for name, error in worst_first},
+        "rounding": dict(sorted(rounding.items(), key=lambda item: -item[1]["max_relative"])),
         # Where its author kept it is nobody's business.
         "source_config": {key: value for key, value in checkpoint.config.items() if key != "_name_or_path"},
         "versions": {
@@ -180,49 +188,23 @@ def _write(plan: Plan, folder: Path, shard_size: int, advance: Advance) -> dict[
     return conversion
 
 
-def _write_config(plan: Plan, folder: Path) -> None:
-    config = FlashT5Config(**plan.recognised.config, architectures=["FlashT5ForConditionalGeneration"])
-    fields = (
-        config.to_diff_dict()
-        | plan.recognised.config
-        | {
-            "auto_map": AUTO_MAP,
-            "dtype": _loading_dtype(plan),
-        }
-    )
-    write_json(folder / "config.json", dict(sorted(fields.items())))
+def _fingerprint(plan: Plan, shard_size: int) -> Any:
+    """Everything that decides the bytes of the shards: a killed conversion goes on only where all of it is the same."""
+    checkpoint = plan.checkpoint
+    stats = [(name, (checkpoint.folder / name).stat()) for name in checkpoint.weight_files]
+    return {
+        "schema": CONVERSION_SCHEMA,
+        "fat5": version("fat5"),
+        "files": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats],
+        "folder": str(checkpoint.folder.resolve()),
+        "pairs": [[pair.source, pair.fat5, list(pair.shape)] for pair in plan.recognised.pairs],
+        "forms": [[str(form.dtype), form.exponent] for form in plan.forms.values()],
+        "shard_size": shard_size,
+    }
 
 
-def _loading_dtype(plan: Plan) -> str:
-    """The dtype that `from_pretrained` gives the model: what the source states, else the widest in the file."""
-    raw = plan.checkpoint.config
-    stated = raw.get("dtype", raw.get("torch_dtype"))
-    if plan.dtype == "keep" and stated in {short_name(dtype) for dtype in CONVERTIBLE}:
-        return stated
-    return short_name(max((info.dtype for info in plan.outputs.values()), key=lambda dtype: torch.finfo(dtype).bits))
-
-
-def _write_side_files(plan: Plan, folder: Path) -> None:
-    """Carry the tokenizer and generation config over, and add what only the stock model type implied."""
-    raw, files = plan.checkpoint.config, plan.checkpoint.side_files()
-    for path in files:
-        shutil.copyfile(path, folder / path.name)
-    names = {path.name for path in files}
-    if "generation_config.json" not in names:
-        settings = {key: value for key, value in raw.items() if key in _GENERATION_KEYS and value is not None}
-        for key in ("decoder_start_token_id", "eos_token_id", "pad_token_id"):
-            settings.setdefault(key, plan.recognised.config[key])
-        write_json(folder / "generation_config.json", settings)
-    if names - {"generation_config.json"}:
-        # AutoTokenizer finds the class by model type when this file does not name it; flash_t5 has none.
-        path = folder / "tokenizer_config.json"
-        settings = read_json(path) if path.is_file() else {}
-        if "tokenizer_class" not in settings:
-            stated = raw.get("tokenizer_class") or FAMILIES[plan.recognised.model_type].tokenizer_class
-            write_json(path, settings | {"tokenizer_class": stated})
-
-
-def _check_apart(source: Path, out: Path) -> None:
+def _check_apart(checkpoint: Checkpoint, out: Path) -> None:
+    source = checkpoint.folder / checkpoint.location.file if checkpoint.location.file else checkpoint.folder
     source, out = source.resolve(), out.absolute().parent.resolve() / out.name
     if source == out or out in source.parents or source in out.parents:
         raise ConvertError(f"{out}: is, holds or lies in the source; choose another folder")

@@ -2,45 +2,28 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fat5.model import FlashT5Config
 from fat5convert import keymap
 from fat5convert.errors import ConvertError
 from fat5convert.families import FAMILIES
-from fat5convert.formats import TensorInfo
-from fat5convert.keymap import Layout
-from fat5convert.parity import STOCK_CLASSES
-from fat5convert.precision import short_name
-from fat5convert.source import Checkpoint, local, read_json, write_json
-from fat5convert.writer import Advance, Item, check_space, holds_model, staged, write_weights
-
-# Fields whose names and meanings stock T5 shares with FlashT5Config.
-_SHARED_FIELDS = (
-    "vocab_size",
-    "d_model",
-    "d_kv",
-    "d_ff",
-    "num_layers",
-    "num_decoder_layers",
-    "num_heads",
-    "relative_attention_num_buckets",
-    "relative_attention_max_distance",
-    "feed_forward_proj",
-    "dropout_rate",
-    "layer_norm_epsilon",
-    "initializer_factor",
-    "classifier_dropout",
-    "pad_token_id",
-    "eos_token_id",
-    "bos_token_id",
-    "decoder_start_token_id",
-    "use_cache",
-)
+from fat5convert.json_files import read_json, write_json
+from fat5convert.keymap import Layout, Pair
+from fat5convert.precision import Form, short_name
+from fat5convert.rescaling import Rescaling
+from fat5convert.sentence_modules import carry_modules
+from fat5convert.source import Checkpoint, local
+from fat5convert.staging import check_space, holds_model, staged
+from fat5convert.stock_models import stock_config
+from fat5convert.writer import Advance, Item, write_weights
 
 
 @dataclass(frozen=True)
@@ -58,18 +41,22 @@ def export(
     out: str | Path,
     t5_dir: str | Path,
     *,
+    transformers: int | None = None,
     overwrite: bool = False,
     shard_size: int = 2_000_000_000,
     progress: Callable[[int], Advance] | None = None,
 ) -> Exported:
     """Write the stock T5 folder of a FAT5 folder, converted or trained since.
 
-    Tensors are renamed, never changed. Where the head is not (tied and scaled), it is stored, with
+    Tensors are renamed, never changed, except that a rescaling for float16 is undone, in float32, and that the queries
+    take on an attention scale that is a power of two. Where the head is not (tied and scaled), it is stored, with
     `tie_word_embeddings: false`: the one form that every release of `transformers` reads rightly.
 
     Args:
         out: the FAT5 folder; its `conversion.json` is used if there, not needed.
         t5_dir: folder to make; appears complete or not at all.
+        transformers: 4 or 5, whose words `config.json` uses for the dtype and the scale; None for both's. Either
+            release loads either.
         overwrite: replace a T5_DIR that holds a T5.
         shard_size: most bytes per weight file.
         progress: given the bytes to write, returns a function to call with every count written.
@@ -83,20 +70,32 @@ def export(
     checkpoint = Checkpoint(local(folder))
     config = _read_config(checkpoint)
     provenance = read_json(folder / "conversion.json") if (folder / "conversion.json").is_file() else {}
+    encoder_only = not any(name.startswith("decoder.") for name in checkpoint.tensors)
     tied = "lm_head.weight" not in checkpoint.tensors
-    layout = _layout(config, tied)
+    layout = _layout(config, tied, encoder_only)
     try:
         pairs = keymap.expand(layout, len(checkpoint.tensors))
         keymap.check({pair.fat5: pair.shape for pair in pairs}, checkpoint.tensors)
     except ConvertError as error:
         raise ConvertError(f"{folder / 'config.json'}: {error}") from error
 
+    rescaling = Rescaling.from_dict(provenance.get("rescaling"))
+    config.layer_norm_epsilon = config.layer_norm_epsilon * 2.0 ** (2 * rescaling.residual)
     model_type = _model_type(config, provenance)
-    raw = _stock_config(config, provenance, model_type, tied, checkpoint.tensors["shared.weight"])
     sources = {pair.t5: pair.fat5 for pair in pairs}
-    if not raw["tie_word_embeddings"]:
+    forms = {pair.t5: _form(checkpoint, pair, layout, rescaling, config.softmax_scale) for pair in pairs}
+    raw = _carried(provenance) | stock_config(config, model_type, tied, encoder_only)
+    if not raw["tie_word_embeddings"] and not encoder_only:
         sources.setdefault("lm_head.weight", "shared.weight")
-    items = [_item(checkpoint, t5, fat5) for t5, fat5 in sources.items()]
+        forms.setdefault("lm_head.weight", forms["shared.weight"])
+    dtype = short_name(forms["shared.weight"].dtype)
+    if transformers != 4:
+        raw["dtype"] = dtype
+    if transformers != 5:
+        raw["torch_dtype"] = dtype
+    if transformers == 4:
+        raw.pop("scale_decoder_outputs", None)
+    items = [Item(t5, checkpoint, fat5, checkpoint.tensors[fat5], forms[t5]) for t5, fat5 in sources.items()]
     nbytes = sum(item.info.nbytes for item in items)
     if target.absolute() == folder.absolute():
         raise ConvertError(f"{target}: is the folder to export from; choose another")
@@ -106,12 +105,17 @@ def export(
         write_json(staging / "config.json", dict(sorted(raw.items())))
         for path in checkpoint.side_files():
             shutil.copyfile(path, staging / path.name)
+        carry_modules(folder, staging)
     leftovers = {name: why for name, why in provenance.get("leftovers", {}).items() if name not in sources}
-    return Exported(model_type, len(items), nbytes, leftovers, _warnings(config, model_type, tied))
+    return Exported(model_type, len(items), nbytes, leftovers, _warnings(config, model_type, tied, encoder_only))
 
 
-def _item(checkpoint: Checkpoint, t5: str, fat5: str) -> Item:
-    return Item(t5, checkpoint.tensors[fat5], lambda: checkpoint.load(fat5))
+def _form(checkpoint: Checkpoint, pair: Pair, layout: Layout, rescaling: Rescaling, scale: float) -> Form:
+    exponent = -rescaling.exponent(pair.t5, layout)
+    if pair.t5.endswith("Attention.q.weight"):
+        exponent += round(math.log2(scale))  # stock T5 has no scale: the queries take it on
+    dtype = checkpoint.tensors[pair.fat5].dtype
+    return Form(torch.float32 if rescaling != Rescaling() else dtype, exponent)
 
 
 def _read_config(checkpoint: Checkpoint) -> FlashT5Config:
@@ -122,14 +126,15 @@ def _read_config(checkpoint: Checkpoint) -> FlashT5Config:
         config = FlashT5Config.from_dict(raw)
     except (ValueError, TypeError) as error:
         raise ConvertError(f"{where}: {error}") from error
-    if config.softmax_scale != 1.0:
-        raise ConvertError(f"{where}: attention_scale {config.attention_scale!r}: stock T5 has no scale but 1.0")
+    if math.frexp(config.softmax_scale)[0] != 0.5:
+        scale = f"{config.softmax_scale!r} is no power of two, and stock T5 has no scale but 1.0"
+        raise ConvertError(f"{where}: attention_scale {scale}, so that nothing exact can be exported")
     if config.position_encoding_type != "t5":
         raise ConvertError(f"{where}: stock T5 has no positions of type {config.position_encoding_type!r}")
     return config
 
 
-def _layout(config: FlashT5Config, tied: bool) -> Layout:
+def _layout(config: FlashT5Config, tied: bool, encoder_only: bool) -> Layout:
     return Layout(
         vocab_size=config.vocab_size,
         d_model=config.d_model,
@@ -142,6 +147,7 @@ def _layout(config: FlashT5Config, tied: bool) -> Layout:
         gated=config.is_gated_act,
         per_layer_bias=config.relative_attention_per_layer,
         tied=tied,
+        encoder_only=encoder_only,
     )
 
 
@@ -149,32 +155,23 @@ def _model_type(config: FlashT5Config, provenance: dict[str, Any]) -> str:
     """The stock type that was converted, if it still describes the model; else the one that can hold it."""
     if config.relative_attention_per_layer:
         return "umt5"
-    return "mt5" if provenance.get("model_type") == "mt5" and not config.scale_decoder_outputs else "t5"
+    stated = getattr(config, "source_model_type", provenance.get("model_type"))
+    return "mt5" if stated == "mt5" and not config.scale_decoder_outputs else "t5"
 
 
-def _stock_config(
-    config: FlashT5Config, provenance: dict[str, Any], model_type: str, tied: bool, embedding: TensorInfo
-) -> dict[str, Any]:
-    scaled = bool(config.scale_decoder_outputs)
-    raw = dict(provenance.get("source_config", {}))
-    raw.pop("dtype", None)
-    raw |= {name: getattr(config, name) for name in _SHARED_FIELDS}
-    raw |= {
-        "architectures": [STOCK_CLASSES[model_type].__name__],
-        "model_type": model_type,
-        "is_encoder_decoder": True,
-        # Transformers 4 reads "tied and scaled" or "neither" from this; 5 reads the scale from its own key, and
-        # finds out about tying from the file.
-        "tie_word_embeddings": tied and scaled,
-        "torch_dtype": short_name(embedding.dtype),
-    }
-    if model_type == "t5":
-        raw["scale_decoder_outputs"] = scaled
-    return raw
+def _carried(provenance: dict[str, Any]) -> dict[str, Any]:
+    """What the source's config said beyond the model itself, such as settings of a pipeline."""
+    source = provenance.get("source_config", {})
+    if source.get("model_type") == "flash_t5":  # published FAT5: its words mean nothing to stock T5
+        return {}
+    derived = ("dtype", "torch_dtype", "is_gated_act", "dense_act_fn")
+    return {key: value for key, value in source.items() if key not in derived}
 
 
-def _warnings(config: FlashT5Config, model_type: str, tied: bool) -> list[str]:
-    warnings = []
+def _warnings(config: FlashT5Config, model_type: str, tied: bool, encoder_only: bool) -> list[str]:
+    warnings: list[str] = []
+    if encoder_only:
+        return warnings
     if model_type == "umt5" and not config.scale_decoder_outputs:
         warnings.append(
             f"stock umT5 in transformers 5 multiplies its logits by d_model**-0.5 = {config.d_model**-0.5:.4g}; "

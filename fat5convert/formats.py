@@ -8,7 +8,7 @@ import pickle
 import re
 import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -35,6 +35,7 @@ SAFETENSORS_DTYPES = {
 # What torch.load lets through from the zip and pickle readers when a file is cut off or garbled.
 _MALFORMED = (RuntimeError, OSError, EOFError, ValueError, TypeError, LookupError, AttributeError, struct.error)
 MAX_HEADER_BYTES = 100_000_000  # the limit that the safetensors library sets
+CHUNK = 1 << 21  # values of a tensor in memory at a time
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,10 @@ class TensorFile(Protocol):
         """Return the values of one tensor, on the CPU."""
         ...
 
+    def chunks(self, name: str) -> Iterator[torch.Tensor]:
+        """Give the values of one tensor in order, flat, at most `CHUNK` at a time."""
+        ...
+
 
 class SafetensorsFile:
     """A `.safetensors` file; the header is checked against the file's size before anything is read.
@@ -89,17 +94,27 @@ class SafetensorsFile:
         Raises:
             ConvertError: the file became shorter since its header was read.
         """
+        (values,) = self._read(name, max(1, self.tensors[name].numel))
+        return values.view(self.tensors[name].shape)
+
+    def chunks(self, name: str) -> Iterator[torch.Tensor]:
+        """Read one tensor bit by bit; raises as `load`."""
+        return self._read(name, CHUNK)
+
+    def _read(self, name: str, most: int) -> Iterator[torch.Tensor]:
         info = self.tensors[name]
-        buffer = torch.empty(info.nbytes, dtype=torch.uint8)
         with open(self.path, "rb", buffering=0) as file:
             file.seek(self._offsets[name])
-            view, done = buffer.numpy().data, 0
-            while done < info.nbytes:
-                count = file.readinto(view[done:])
-                if not count:
-                    raise ConvertError(f"{self.path}: the file ended while tensor {name} was being read")
-                done += count
-        return buffer.view(info.dtype).view(info.shape)
+            for start in range(0, max(1, info.numel), most):
+                nbytes = min(most, info.numel - start) * info.dtype.itemsize
+                buffer = torch.empty(nbytes, dtype=torch.uint8)
+                view, done = buffer.numpy().data, 0
+                while done < nbytes:
+                    count = file.readinto(view[done:])
+                    if not count:
+                        raise ConvertError(f"{self.path}: the file ended while tensor {name} was being read")
+                    done += count
+                yield buffer.view(info.dtype)
 
     def _read_header(self) -> None:
         size = self.path.stat().st_size
@@ -157,6 +172,8 @@ class PickleFile:
         # Files from before torch 1.6 are no zip archives and cannot be mapped: they are read whole.
         mapped = zipfile.is_zipfile(path)
         try:
+            if mapped:
+                _check_archive(path)
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         except pickle.UnpicklingError as error:
             unsafe = re.search(r"GLOBAL (\S+)", str(error))
@@ -164,16 +181,40 @@ class PickleFile:
                 what = f"refused, because reading it would run code ({unsafe.group(1)})"
                 raise ConvertError(f"{path}: {what}. Ask its author for a safetensors file.") from error
             raise ConvertError(f"{path}: truncated or no weights file. Download or copy it again.") from error
-        except _MALFORMED as error:
+        except (*_MALFORMED, zipfile.BadZipFile, RecursionError) as error:
             raise ConvertError(f"{path}: truncated or no weights file. Download or copy it again.") from error
         if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
             raise ConvertError(f"{path}: expected a plain dictionary of tensors (a state dict)")
         self._state: dict[str, torch.Tensor] = loaded
-        self.tensors = {name: TensorInfo(t.dtype, tuple(t.shape)) for name, t in loaded.items()}
+        self.tensors = {}
+        for name, tensor in loaded.items():
+            if not isinstance(name, str) or tensor.layout != torch.strided or tensor.device.type != "cpu":
+                raise ConvertError(f"{path}: tensor {name!r} is no plain tensor with values")
+            # Strides of zero make a few bytes look like a tensor of any size.
+            if tensor.nbytes > tensor.untyped_storage().nbytes():
+                raise ConvertError(f"{path}: tensor {name} is larger than the data stored for it")
+            self.tensors[name] = TensorInfo(tensor.dtype, tuple(tensor.shape))
 
     def load(self, name: str) -> torch.Tensor:
         """Return one tensor; its pages are read from the file as they are touched."""
         return self._state[name]
+
+    def chunks(self, name: str) -> Iterator[torch.Tensor]:
+        """Give one tensor bit by bit."""
+        return iter(self._state[name].detach().reshape(-1).split(CHUNK))
+
+
+def _check_archive(path: Path) -> None:
+    """Refuse a zip archive that is larger inside than outside: torch stores, it never compresses."""
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise ConvertError(f"{path}: a compressed archive, which torch does not write. Ask for a safetensors file.")
+    if sum(entry.file_size for entry in entries) > path.stat().st_size:
+        raise ConvertError(f"{path}: its entries overlap, as in a zip bomb. Ask for a safetensors file.")
+    pickled = sum(entry.file_size for entry in entries if entry.filename.endswith(".pkl"))
+    if pickled > MAX_HEADER_BYTES:
+        raise ConvertError(f"{path}: {pickled} bytes of pickle, more than any weights file needs")
 
 
 def open_weights(path: Path) -> TensorFile:

@@ -1,8 +1,9 @@
-"""THE table: the T5 name and the FAT5 name of every kind of tensor, its shape, and where it exists.
+"""THE table: the names of every kind of tensor, its shape, and where it exists.
 
 Conversion reads it left to right, export right to left; nothing else in the converter knows a tensor name.
 T5 names are those of `transformers` (`models/t5/modeling_t5.py`, Apache-2.0), FAT5 names those of the published
-CATIE-AQ/FAT5 checkpoints.
+CATIE-AQ/FAT5 checkpoints, Wan names those of Wan 2.1's text encoder (`wan/modules/t5.py` in
+https://github.com/Wan-Video/Wan2.1, Apache-2.0). `NAMINGS` says in which forms files carry them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from fat5convert.errors import ConvertError
 from fat5convert.formats import TensorInfo
 
 Where = Literal["always", "untied", "gated", "plain", "bias"]
+Column = Literal["t5", "fat5", "wan"]
 
 
 class Row(NamedTuple):
@@ -57,26 +59,77 @@ TABLE: tuple[Row, ...] = (
     Row("lm_head.weight", "lm_head.weight", ("vocab_size", "d_model"), "untied"),
 )  # fmt: skip
 
+# T5 name -> Wan name: an encoder with a bias per layer and a gated feed-forward.
+_WAN: dict[str, str] = {
+    "shared.weight": "token_embedding.weight",
+    f"{_T5_SELF}.SelfAttention.q.weight": "blocks.{n}.attn.q.weight",
+    f"{_T5_SELF}.SelfAttention.k.weight": "blocks.{n}.attn.k.weight",
+    f"{_T5_SELF}.SelfAttention.v.weight": "blocks.{n}.attn.v.weight",
+    f"{_T5_SELF}.SelfAttention.o.weight": "blocks.{n}.attn.o.weight",
+    f"{_T5_SELF}.{_T5_BIAS}": "blocks.{n}.pos_embedding.embedding.weight",
+    f"{_T5_SELF}.layer_norm.weight": "blocks.{n}.norm1.weight",
+    f"{_T5_FF}.DenseReluDense.wi_0.weight": "blocks.{n}.ffn.gate.0.weight",
+    f"{_T5_FF}.DenseReluDense.wi_1.weight": "blocks.{n}.ffn.fc1.weight",
+    f"{_T5_FF}.DenseReluDense.wo.weight": "blocks.{n}.ffn.fc2.weight",
+    f"{_T5_FF}.layer_norm.weight": "blocks.{n}.norm2.weight",
+    "{s}.final_layer_norm.weight": "norm.weight",
+}
+
+
+@dataclass(frozen=True)
+class Naming:
+    """A form in which files carry the tensors of the table: a column of it, behind a prefix."""
+
+    title: str
+    column: Column
+    prefix: str = ""
+
+    def name(self, row: Row, **values: object) -> str:
+        """The name in such a file of a row's tensor, with the row's placeholders filled by `values`."""
+        template = {"t5": row.t5, "fat5": row.fat5, "wan": _WAN.get(row.t5, row.t5)}[self.column]
+        return self.prefix + template.format(**values)
+
+    @property
+    def embeddings(self) -> tuple[str, ...]:
+        """Where such a file may hold the embedding; the first that it has stands for `shared.weight`."""
+        copies = () if self.column == "wan" else ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+        return (self.name(TABLE[0]), *(self.prefix + copy for copy in copies))
+
+    @property
+    def marker(self) -> str:
+        """A tensor that every such file has and no other."""
+        return self.name(TABLE[1], s="encoder", n=0)
+
+
+STOCK = Naming("transformers", "t5")
+NAMINGS: tuple[Naming, ...] = (
+    STOCK,
+    Naming("an image model's single file", "t5", "text_encoders.t5xxl.transformer."),
+    Naming("a video model's single file", "t5", "text_encoders.umt5xxl.transformer."),
+    Naming("Wan's text encoder", "wan"),
+    Naming("published FAT5", "fat5"),
+)
+
 
 class Leftover(NamedTuple):
-    """A T5 tensor that conversion may leave behind; `equal_to`: only if it holds the same bytes as that one."""
+    """A T5 tensor that conversion may leave behind; `copy`: only if it holds the same bytes as the embedding."""
 
     name: str
     reason: str
-    equal_to: str | None = None
+    copy: bool = False
 
 
 LEFTOVERS: tuple[Leftover, ...] = (
-    Leftover("encoder.embed_tokens.weight", "a copy of the embedding", "shared.weight"),
-    Leftover("decoder.embed_tokens.weight", "a copy of the embedding", "shared.weight"),
-    Leftover("lm_head.weight", "the tied head, stored as a copy of the embedding", "shared.weight"),
+    Leftover("shared.weight", "a copy of the embedding", copy=True),
+    Leftover("encoder.embed_tokens.weight", "a copy of the embedding", copy=True),
+    Leftover("decoder.embed_tokens.weight", "a copy of the embedding", copy=True),
+    Leftover("lm_head.weight", "the tied head, stored as a copy of the embedding", copy=True),
     Leftover(
         "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",
         "dead: T5 adds no position bias in cross-attention",
     ),
+    Leftover("spiece_model", "the tokenizer's SentencePiece model, which is no weight"),
 )
-# Where the embedding may be found; the first that the file has stands for `shared.weight`.
-EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 
 
 @dataclass(frozen=True)
@@ -94,6 +147,7 @@ class Layout:
     gated: bool
     per_layer_bias: bool
     tied: bool
+    encoder_only: bool = False
 
     @property
     def inner_dim(self) -> int:
@@ -109,46 +163,49 @@ class Layout:
 
 @dataclass(frozen=True)
 class Pair:
-    """One tensor under both names."""
+    """One tensor under all its names: in the file at hand, in stock T5 and in FAT5."""
 
+    source: str
     t5: str
     fat5: str
     shape: tuple[int, ...]
 
 
-def expand(layout: Layout, tensors: int) -> list[Pair]:
-    """Write the table out for one model: every tensor that it has, under both names, in the model's order.
+def expand(layout: Layout, tensors: int, naming: Naming = STOCK) -> list[Pair]:
+    """Write the table out for one model: every tensor that it has, under all its names, in the model's order.
 
     Args:
         layout: the model.
         tensors: how many tensors the file holds, so that an absurd depth costs nothing.
+        naming: the form of that file.
 
     Raises:
         ConvertError: the model has more layers than the file has tensors.
     """
-    if layout.num_layers + layout.num_decoder_layers > tensors:
+    depths = {"encoder": layout.num_layers} | ({} if layout.encoder_only else {"decoder": layout.num_decoder_layers})
+    if sum(depths.values()) > tensors:
         stated = f"num_layers {layout.num_layers}, num_decoder_layers {layout.num_decoder_layers}"
         raise ConvertError(f"{stated}: more layers than the file has tensors ({tensors})")
     shared, *inner, head = TABLE
-    pairs = _fill(shared, layout, "", 0)
-    for stack, depth in (("encoder", layout.num_layers), ("decoder", layout.num_decoder_layers)):
+    pairs = _fill(shared, layout, naming, "", 0)
+    for stack, depth in depths.items():
         rows = [row for row in inner if "{s}" in row.t5 or row.t5.startswith(stack)]
         for layer in range(depth):
             for row in rows:
                 if "{n}" in row.t5:
-                    pairs += _fill(row, layout, stack, layer)
+                    pairs += _fill(row, layout, naming, stack, layer)
         for row in rows:
             if "{n}" not in row.t5:
-                pairs += _fill(row, layout, stack, 0)
-    return pairs + _fill(head, layout, "", 0)
+                pairs += _fill(row, layout, naming, stack, 0)
+    return pairs if layout.encoder_only else pairs + _fill(head, layout, naming, "", 0)
 
 
-def _fill(row: Row, layout: Layout, stack: str, layer: int) -> list[Pair]:
+def _fill(row: Row, layout: Layout, naming: Naming, stack: str, layer: int) -> list[Pair]:
     if not layout.has(row.where, layer):
         return []
     values = {"s": stack, "n": layer, "ff": 1 if stack == "encoder" else 2}
     shape = tuple(getattr(layout, size) for size in row.shape)
-    return [Pair(row.t5.format(**values), row.fat5.format(**values), shape)]
+    return [Pair(naming.name(row, **values), row.t5.format(**values), row.fat5.format(**values), shape)]
 
 
 def check(
@@ -167,7 +224,7 @@ def check(
     missing = [name for name in expected if name not in found]
     unknown = [name for name in found if name not in expected and name not in allowed]
     wrong = [
-        f"{name} has shape {list(found[name].shape)}, config.json says {list(shape)}"
+        f"{name} has shape {list(found[name].shape)}, the config says {list(shape)}"
         for name, shape in expected.items()
         if name in found and found[name].shape != shape
     ]
@@ -181,7 +238,7 @@ def check(
         if names
     ]
     if problems:
-        raise ConvertError("the tensors do not fit config.json: " + "; ".join(problems))
+        raise ConvertError("the tensors do not fit the config: " + "; ".join(problems))
 
 
 def _some(names: Sequence[str], limit: int = 8) -> str:

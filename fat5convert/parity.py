@@ -3,143 +3,224 @@
 Both run in fp32 on the CPU. The oracle is stock T5, eager. For umT5 it is stock's decoder states under an unscaled
 head: transformers 5 multiplies umT5's decoder output by d_model**-0.5, which the model was not trained with.
 For a lossy dtype the oracle's weights are rounded first: what then remains is the conversion's own error, held to
-the same bounds; what the rounding itself does to the logits is measured and stated beside it.
+the same bounds; what the rounding itself does is measured and stated beside it, and what the converted model computes
+when run in its own dtype.
+
+Small models are loaded whole, as a user loads them, and generate. Large ones are streamed layer by layer, and their
+most likely next tokens are compared instead.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from torch.nn import functional as F
-from transformers import (
-    GenerationConfig,
-    MT5ForConditionalGeneration,
-    PreTrainedModel,
-    T5ForConditionalGeneration,
-    UMT5ForConditionalGeneration,
-)
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import logging
 
-from fat5.model import FlashT5ForConditionalGeneration
+from fat5.model import FlashT5Config, FlashT5EncoderModel, FlashT5ForConditionalGeneration
 from fat5convert.errors import ConvertError
-from fat5convert.families import Recognised
+from fat5convert.keymap import STOCK
+from fat5convert.precision import CONVERTIBLE, Form, kept_dtype, short_name
+from fat5convert.probe import DECODER_LENGTHS, ENCODER_LENGTHS, Outputs, Probe, make_probe, run_probe
+from fat5convert.recognise import Recognised
 from fat5convert.source import Checkpoint, local
+from fat5convert.stock_models import Weights, stock_class, streamed, streamed_stock
 
 # Largest error relative to the largest value compared with.
 BOUNDS = {"eager": 1e-5, "sdpa": 1e-4}
-STOCK_CLASSES: dict[str, type[PreTrainedModel]] = {
-    "t5": T5ForConditionalGeneration,
-    "mt5": MT5ForConditionalGeneration,
-    "umt5": UMT5ForConditionalGeneration,
-}
-
-# Beyond 128 positions, so that the far buckets are seen from both sides; the shorter rows are padded.
-_ENCODER_LENGTHS = (160, 57, 3)
-_DECODER_LENGTHS = (140, 24, 2)
+QUANTILES = (50.0, 90.0, 99.0, 99.9, 99.99)
+# Up to this many weights both models are loaded whole, in fp32.
+WHOLE_PARAMETERS = 100_000_000
 _NEW_TOKENS = 16
 
 
-@dataclass(frozen=True)
-class Probe:
-    """Token ids made from a fixed seed, padded on the right: the same for every model of a vocabulary."""
-
-    input_ids: torch.Tensor  # [B, Le]
-    attention_mask: torch.Tensor  # [B, Le]
-    labels: torch.Tensor  # [B, Ld], -100 where padded
-
-
-@dataclass(frozen=True)
-class Outputs:
-    """What a model computes on the probe, at real positions only."""
-
-    logits: torch.Tensor  # [real decoder positions, V]
-    encoder: torch.Tensor  # [real encoder positions, D]
-    loss: float
-    tokens: torch.Tensor  # [B, new tokens]
-
-
-def make_probe(vocab_size: int, pad_token_id: int | None) -> Probe:
-    """Random token ids for batch rows of unequal length."""
-    generator = torch.Generator().manual_seed(0)
-    rows, longest, target = len(_ENCODER_LENGTHS), max(_ENCODER_LENGTHS), max(_DECODER_LENGTHS)
-    input_ids = torch.randint(vocab_size, (rows, longest), generator=generator)
-    labels = torch.randint(vocab_size, (rows, target), generator=generator)
-    attention_mask = (torch.arange(longest) < torch.tensor(_ENCODER_LENGTHS)[:, None]).long()
-    real_labels = torch.arange(target) < torch.tensor(_DECODER_LENGTHS)[:, None]
-    return Probe(
-        input_ids.masked_fill(attention_mask == 0, pad_token_id or 0),
-        attention_mask,
-        labels.masked_fill(~real_labels, -100),
-    )
-
-
-def compare_models(folder: Path, checkpoint: Checkpoint, recognised: Recognised) -> tuple[dict[str, Any], list[str]]:
+def compare_models(
+    folder: Path, checkpoint: Checkpoint, recognised: Recognised, forms: Mapping[str, Form]
+) -> tuple[dict[str, Any], list[str]]:
     """Compare the FAT5 model in `folder` with stock `transformers` on the source checkpoint.
+
+    Args:
+        folder: OUT, or what will be.
+        checkpoint: the source.
+        recognised: which tensor is which.
+        forms: what became of each tensor, by FAT5 name.
 
     Returns:
         The figures for `parity.json`, and the differences found in words (none: they agree).
     """
-    config = recognised.config
-    probe = make_probe(config["vocab_size"], config["pad_token_id"])
-    generation = GenerationConfig(
-        max_new_tokens=_NEW_TOKENS,
-        do_sample=False,
-        decoder_start_token_id=config["decoder_start_token_id"],
-        eos_token_id=config["eos_token_id"],
-        pad_token_id=config["pad_token_id"],
-    )
-    out = Checkpoint(local(folder))
-    differences: list[str] = []
-    with _quiet():
-        oracle, rounding = _run_stock(checkpoint, recognised, out, probe, generation, differences)
-        results = []
-        for implementation, bound in BOUNDS.items():
-            model = FlashT5ForConditionalGeneration.from_pretrained(
-                folder, dtype=torch.float32, attn_implementation=implementation
-            ).eval()
-            result = _compare(_run(model, probe, generation), oracle, bound)
-            differences += [f"{implementation}: {problem}" for problem in result.pop("problems")]
-            results.append({"attn_implementation": implementation, **result})
-            del model
-    probes = {"encoder_lengths": list(_ENCODER_LENGTHS), "decoder_lengths": list(_DECODER_LENGTHS)}
-    return {"probes": probes, "implementations": results, "rounding": rounding}, differences
+    return _Comparison(folder, checkpoint, recognised, forms).run()
 
 
-def _run_stock(
-    checkpoint: Checkpoint,
-    recognised: Recognised,
-    out: Checkpoint,
-    probe: Probe,
-    generation: GenerationConfig,
-    differences: list[str],
-) -> tuple[Outputs, dict[str, Any] | None]:
-    """Run the oracle, with its weights rounded as those of OUT are; and what that rounding changes, if anything."""
-    stock = _load_stock(checkpoint, recognised)
-    if not recognised.layout.tied and not torch.equal(stock.lm_head.weight, checkpoint.load("lm_head.weight").float()):
-        differences.append("stock transformers did not load the lm_head of the file, and is no oracle for it")
-    unscaled = recognised.model_type == "umt5"
-    exact = _run(stock, probe, generation, unscaled)
-    lossy = _round_like(stock, recognised, out)
-    if not lossy:
-        return exact, None
-    rounded = _run(stock, probe, generation, unscaled)
-    return rounded, {
-        "logits_error": _relative(rounded.logits, exact.logits),
-        "encoder_error": _relative(rounded.encoder, exact.encoder),
-        "loss_error": abs(rounded.loss - exact.loss),
-        "greedy_identical": torch.equal(rounded.tokens, exact.tokens),
-    }
+class _Comparison:
+    def __init__(self, folder: Path, checkpoint: Checkpoint, recognised: Recognised, forms: Mapping[str, Form]) -> None:
+        self.folder, self.checkpoint, self.recognised, self.forms = folder, checkpoint, recognised, forms
+        self.encoder_only = recognised.layout.encoder_only
+        parameters = sum(torch.Size(pair.shape).numel() for pair in recognised.pairs)
+        self.whole = parameters <= WHOLE_PARAMETERS
+        self.probe: Probe = make_probe(recognised.config)
+        self.differences: list[str] = []
+        config = recognised.config
+        self.generation = GenerationConfig(
+            max_new_tokens=_NEW_TOKENS,
+            do_sample=False,
+            decoder_start_token_id=config["decoder_start_token_id"] or 0,
+            eos_token_id=config["eos_token_id"],
+            pad_token_id=config["pad_token_id"],
+        )
+
+    def run(self) -> tuple[dict[str, Any], list[str]]:
+        with _quiet():
+            exact, exact_tokens = self._outputs(self._stock(None), oracle=True)
+            oracle, tokens, rounding = exact, exact_tokens, None
+            if self._is_lossy():
+                oracle, tokens = self._outputs(self._stock(self.forms), oracle=True)
+                rounding = _errors(oracle, exact) | {
+                    "greedy_identical": self._same_tokens(tokens, exact_tokens, exact, 0.0),
+                    "quantiles": _quantiles(oracle, exact),
+                }
+            results = []
+            for implementation, bound in BOUNDS.items():
+                ours, our_tokens = self._outputs(self._ours(implementation, torch.float32))
+                results.append(self._compare(implementation, bound, ours, our_tokens, oracle, tokens))
+            in_dtype = self._in_own_dtype(exact) if rounding else None
+        probes = {"encoder_lengths": list(ENCODER_LENGTHS), "decoder_lengths": list(DECODER_LENGTHS)}
+        figures = {
+            "method": "whole" if self.whole else "layer-streamed",
+            "compared": "encoder states" if self.encoder_only else "logits",
+            "probes": probes,
+            "implementations": results,
+            "rounding": rounding,
+            "in_own_dtype": in_dtype,
+        }
+        return figures, self.differences
+
+    def _stock(self, forms: Mapping[str, Form] | None) -> Any:
+        """The oracle, in fp32; with forms, its weights are the values that those stand for."""
+        weights = Weights(self.checkpoint, self.recognised, forms)
+        dtypes = {self.checkpoint.tensors[pair.source].dtype for pair in self.recognised.pairs}
+        readable = self.recognised.naming is STOCK and self.checkpoint.location.file is None
+        if not (self.whole and readable and dtypes <= {dtype for dtype in CONVERTIBLE if kept_dtype(dtype) == dtype}):
+            return streamed_stock(self.recognised, weights)
+        stock = _load_stock(self.checkpoint, self.recognised)
+        stored = Weights(self.checkpoint, self.recognised)
+        if not self.recognised.layout.tied and not torch.equal(stock.lm_head.weight, stored["lm_head.weight"]):
+            self.differences.append("stock transformers did not load the lm_head of the file, and is no oracle for it")
+        if forms is not None:
+            with torch.no_grad():
+                for name, parameter in stock.named_parameters():
+                    parameter.copy_(weights[name])
+        return stock
+
+    def _ours(self, implementation: str, dtype: torch.dtype) -> Any:
+        model_class: type[PreTrainedModel] = (
+            FlashT5EncoderModel if self.encoder_only else FlashT5ForConditionalGeneration
+        )
+        if self.whole:
+            return model_class.from_pretrained(self.folder, dtype=dtype, attn_implementation=implementation).eval()
+        config = FlashT5Config.from_pretrained(self.folder)
+        return streamed(model_class, config, _OwnWeights(Checkpoint(local(self.folder))), implementation, dtype)
+
+    def _outputs(self, model: Any, oracle: bool = False) -> tuple[Outputs, torch.Tensor | None]:
+        unscaled = oracle and self.recognised.model_type == "umt5"
+        outputs = run_probe(model, self.probe, encoder_only=self.encoder_only, unscaled=unscaled, own_loss=self.whole)
+        if outputs.logits is None:
+            return outputs, None
+        if not self.whole:
+            return outputs, outputs.logits.argmax(-1)
+        model.generation_config = self.generation  # whose every setting else comes from the checkpoint
+        tokens = model.generate(
+            input_ids=self.probe.input_ids,
+            attention_mask=self.probe.attention_mask,
+            generation_config=self.generation,
+        )
+        return outputs, tokens
+
+    def _compare(
+        self,
+        implementation: str,
+        bound: float,
+        ours: Outputs,
+        our_tokens: torch.Tensor | None,
+        oracle: Outputs,
+        tokens: torch.Tensor | None,
+    ) -> dict[str, Any]:
+        errors = _errors(ours, oracle)
+        # Written so that NaN is a problem too.
+        problems = [f"{name} {error:.2e} above {bound:.0e}" for name, error in errors.items() if not error <= bound]
+        result: dict[str, Any] = {"attn_implementation": implementation, "bound": bound, **errors}
+        if oracle.logits is not None:
+            identical = self._same_tokens(our_tokens, tokens, oracle, bound)
+            if not identical:
+                problems.append("greedy tokens differ")
+            result |= {
+                "largest_logit": float(oracle.logits.abs().max()),
+                "loss": ours.loss,
+                "oracle_loss": oracle.loss,
+                "greedy_identical": identical,
+            }
+        self.differences += [f"{implementation}: {problem}" for problem in problems]
+        return result
+
+    def _same_tokens(
+        self, ours: torch.Tensor | None, theirs: torch.Tensor | None, oracle: Outputs, bound: float
+    ) -> bool:
+        if ours is None or theirs is None or oracle.logits is None:
+            return True
+        if self.whole:
+            return torch.equal(ours, theirs)
+        # One choice per position: where the oracle's best two are as close as the bound lets logits move, either is.
+        best = oracle.logits.topk(2, dim=-1).values
+        close = best[:, 0] - best[:, 1] <= 2 * bound * oracle.logits.abs().max()
+        return bool(((ours == theirs) | close).all())
+
+    def _is_lossy(self) -> bool:
+        for pair in self.recognised.pairs:
+            form, dtype = self.forms[pair.fat5], self.checkpoint.tensors[pair.source].dtype
+            if form == Form(dtype):
+                continue
+            if any(
+                not torch.equal(form.undo(form.apply(chunk)), chunk.float())
+                for chunk in self.checkpoint.chunks(pair.source)
+            ):
+                return True
+        return False
+
+    def _in_own_dtype(self, exact: Outputs) -> dict[str, Any]:
+        """What the converted model computes when it runs in the dtype that it was converted to."""
+        dtype = next(iter(self.forms.values())).dtype
+        ours = run_probe(self._ours("eager", dtype), self.probe, encoder_only=self.encoder_only)
+        values = ours.encoder if ours.logits is None else ours.logits
+        finite = bool(values.isfinite().all())
+        if not finite:
+            self.differences.append(f"run in {short_name(dtype)}, it computes values that are not finite")
+        return {"dtype": short_name(dtype), "finite": finite, "quantiles": _quantiles(ours, exact)}
+
+
+class _OwnWeights(Mapping[str, torch.Tensor]):
+    """Weights by the names of the FAT5 model."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        stored = name in self._checkpoint.tensors
+        return self._checkpoint.load(name if stored or name != "lm_head.weight" else "shared.weight")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._checkpoint.tensors)
+
+    def __len__(self) -> int:
+        return len(self._checkpoint.tensors)
 
 
 def _load_stock(checkpoint: Checkpoint, recognised: Recognised) -> Any:
     try:
-        stock = STOCK_CLASSES[recognised.model_type].from_pretrained(
+        stock = stock_class(recognised.model_type, recognised.layout.encoder_only).from_pretrained(
             checkpoint.folder, dtype=torch.float32, attn_implementation="eager"
         )
     except (ValueError, TypeError, OSError, RuntimeError, StrictDataclassError) as error:
@@ -148,65 +229,16 @@ def _load_stock(checkpoint: Checkpoint, recognised: Recognised) -> Any:
     return stock.eval()
 
 
-@torch.no_grad()
-def _round_like(stock: PreTrainedModel, recognised: Recognised, out: Checkpoint) -> bool:
-    """Round each weight of the oracle to the dtype it has in OUT; whether that changed any."""
-    parameters = dict(stock.named_parameters())
-    changed = False
-    for pair in recognised.pairs:
-        # However the file names the embedding, the model calls it `shared`.
-        weight = parameters[pair.t5 if pair.t5 in parameters else "shared.weight"]
-        rounded = weight.to(out.tensors[pair.fat5].dtype).float()
-        changed = changed or not torch.equal(rounded, weight)
-        weight.copy_(rounded)
-    return changed
-
-
-@torch.no_grad()
-def _run(model: Any, probe: Probe, generation: GenerationConfig, unscaled: bool = False) -> Outputs:
-    output = model(
-        input_ids=probe.input_ids,
-        attention_mask=probe.attention_mask,
-        labels=probe.labels,
-        output_hidden_states=unscaled,
-    )
-    logits, loss = output.logits, output.loss
-    if unscaled:
-        logits = model.lm_head(output.decoder_hidden_states[-1])
-        loss = F.cross_entropy(logits.flatten(0, 1), probe.labels.flatten(), ignore_index=-100)
-    model.generation_config = generation  # whose every setting else comes from the checkpoint
-    tokens = model.generate(
-        input_ids=probe.input_ids, attention_mask=probe.attention_mask, generation_config=generation
-    )
-    return Outputs(
-        logits[probe.labels != -100],
-        output.encoder_last_hidden_state[probe.attention_mask == 1],
-        float(loss),
-        tokens,
-    )
-
-
-def _compare(ours: Outputs, oracle: Outputs, bound: float) -> dict[str, Any]:
+def _errors(ours: Outputs, oracle: Outputs) -> dict[str, float]:
+    errors = {"encoder_error": _relative(ours.encoder, oracle.encoder)}
+    if ours.logits is None or oracle.logits is None:
+        return errors
     largest = float(oracle.logits.abs().max())
-    errors = {
+    return {
         "logits_error": _relative(ours.logits, oracle.logits),
-        "encoder_error": _relative(ours.encoder, oracle.encoder),
+        **errors,
         # A log-probability moves by at most twice what the logits move.
         "loss_error": abs(ours.loss - oracle.loss) / (2 * largest) if largest else abs(ours.loss),
-    }
-    identical = torch.equal(ours.tokens, oracle.tokens)
-    # Written so that NaN is a problem too.
-    problems = [f"{name} {error:.2e} above {bound:.0e}" for name, error in errors.items() if not error <= bound]
-    if not identical:
-        problems.append("greedy tokens differ")
-    return {
-        "bound": bound,
-        "largest_logit": largest,
-        **errors,
-        "loss": ours.loss,
-        "oracle_loss": oracle.loss,
-        "greedy_identical": identical,
-        "problems": problems,
     }
 
 
@@ -215,6 +247,15 @@ def _relative(ours: torch.Tensor, oracle: torch.Tensor) -> float:
     largest = float(oracle.abs().max())
     difference = float((ours - oracle).abs().max())
     return difference / largest if largest else difference
+
+
+def _quantiles(ours: Outputs, exact: Outputs) -> dict[str, float]:
+    """Quantiles of the errors of logits (of an encoder: states), relative to the largest absolute value."""
+    one, other = (o.encoder if o.logits is None else o.logits for o in (ours, exact))
+    errors = (one - other).abs().flatten().sort().values
+    largest = float(other.abs().max()) or 1.0
+    places = {q: min(errors.numel() - 1, int(q / 100 * errors.numel())) for q in QUANTILES}
+    return {f"{q:g}": float(errors[place]) / largest for q, place in places.items()}
 
 
 @contextlib.contextmanager

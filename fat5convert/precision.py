@@ -2,15 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
 import torch
 
-# The policies of --dtype; None keeps every tensor's own dtype.
-POLICIES: dict[str, torch.dtype | None] = {"keep": None, "bfloat16": torch.bfloat16, "float32": torch.float32}
-CONVERTIBLE = (torch.float32, torch.float16, torch.bfloat16)
-_CHUNK = 1 << 22  # values looked at together, so that reports need little memory
+# The policies of --dtype; None keeps every tensor's own dtype. `auto` is one of the two, decided by the values.
+POLICIES: dict[str, torch.dtype | None] = {
+    "keep": None,
+    "auto": None,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "float16": torch.float16,
+}
+_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+CONVERTIBLE = (torch.float32, torch.float16, torch.bfloat16, *_FP8)
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a tensor becomes: multiplied by 2**exponent, which is exact, and then rounded to a dtype."""
+
+    dtype: torch.dtype
+    exponent: int = 0
+
+    def apply(self, values: torch.Tensor) -> torch.Tensor:
+        """Put values into this form; rounds to nearest, ties to even."""
+        if self.exponent:
+            values = values.float() * 2.0**self.exponent
+        return values.to(self.dtype)
+
+    def undo(self, values: torch.Tensor) -> torch.Tensor:
+        """The fp32 values that those in this form stand for."""
+        return values.float() * 2.0**-self.exponent
 
 
 @dataclass(frozen=True)
@@ -27,47 +51,72 @@ class RoundingError:
         return asdict(self)
 
 
+class ErrorMeter:
+    """Measures what rounding does to one tensor, given bit by bit.
+
+    `max_relative` is the largest |after - before| / |before| over the values that neither overflow nor vanish,
+    `rms_relative` the norm of the difference over the norm of `before`, without the overflows.
+    """
+
+    def __init__(self) -> None:
+        self._worst = self._difference = self._norm = 0.0
+        self._overflows = self._underflows = 0
+
+    def add(self, before: torch.Tensor, after: torch.Tensor) -> None:
+        """Take in some values and what they became (as fp32, their scale undone)."""
+        old, new = before.float(), after.float()
+        if not old.numel():
+            return
+        # Almost always nothing is infinite and nothing vanishes, and a few passes over the values are enough.
+        usual = _all_finite(old) and _all_finite(new)
+        vanish = int(torch.count_nonzero(old)) - int(torch.count_nonzero(new))
+        error = new - old  # of a value and its rounding, which is exact in fp32
+        if not usual or vanish:
+            finite = old.isfinite()
+            overflow = ~new.isfinite() & finite
+            vanished = (new == 0) & (old != 0)
+            self._overflows += int(overflow.sum())
+            self._underflows += int(vanished.sum())
+            error.masked_fill_(overflow | ~finite, 0.0)
+            old = old.masked_fill(~finite, 0.0)
+            relative = (error / old).masked_fill_((old == 0) | vanished, 0.0)
+        else:
+            relative = (error / old).nan_to_num_(0.0)  # what was zero is zero
+        low, high = torch.aminmax(relative)
+        self._worst = max(self._worst, -float(low), float(high))
+        self._difference += _square_sum(error)
+        self._norm += _square_sum(old)
+
+    def result(self) -> RoundingError:
+        """The errors of all values so far."""
+        rms = (self._difference / self._norm) ** 0.5 if self._norm else 0.0
+        return RoundingError(self._worst, rms, self._overflows, self._underflows)
+
+
+def _all_finite(values: torch.Tensor) -> bool:
+    low, high = torch.aminmax(values)  # either is NaN if any value is
+    return bool(low.isfinite() & high.isfinite())
+
+
+def _square_sum(values: torch.Tensor) -> float:
+    return float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
+
+
 def short_name(dtype: torch.dtype) -> str:
     """Name of a dtype as configs write it: `float32`, not `torch.float32`."""
     return str(dtype).removeprefix("torch.")
 
 
-def apply(tensor: torch.Tensor, policy: str) -> torch.Tensor:
-    """Put a tensor into the dtype of a policy; bfloat16 rounds to nearest, ties to even, float32 is exact."""
-    target = POLICIES[policy]
-    return tensor if target is None else tensor.to(target)
+def kept_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What a tensor is kept as: its own dtype, but fp8, which no model computes in, as bfloat16, which holds it."""
+    return torch.bfloat16 if dtype in _FP8 else dtype
 
 
-def rounding_error(before: torch.Tensor, after: torch.Tensor) -> RoundingError:
-    """Measure in fp64 what a change of dtype lost.
-
-    `max_relative` is the largest |after - before| / |before| over the values that neither overflow nor vanish,
-    `rms_relative` the norm of the difference over the norm of `before`.
-    """
-    worst = difference = norm = 0.0
-    overflows = underflows = 0
-    for old, new in zip(_chunks(before), _chunks(after), strict=True):
-        old, new = old.double(), new.double()
-        overflow = new.isinf() & old.isfinite()
-        underflow = (new == 0) & (old != 0)
-        overflows += int(overflow.sum())
-        underflows += int(underflow.sum())
-        usual = old.isfinite() & (old != 0) & ~overflow & ~underflow
-        error = (new - old)[usual].abs()
-        if error.numel():
-            worst = max(worst, float((error / old[usual].abs()).max()))
-        lost = torch.where(underflow, old, 0.0)
-        difference += float(error.square().sum() + lost.square().sum())
-        norm += float(old[old.isfinite()].square().sum())
-    return RoundingError(worst, (difference / norm) ** 0.5 if norm else 0.0, overflows, underflows)
-
-
-def is_bfloat16_exact(tensor: torch.Tensor) -> bool:
-    """Whether every value already is a bfloat16 value (of fp32: the low 16 bits are zero)."""
-    if tensor.dtype == torch.bfloat16:
-        return True
-    return all(bool(((chunk.bfloat16().to(chunk.dtype) == chunk) | chunk.isnan()).all()) for chunk in _chunks(tensor))
-
-
-def _chunks(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    return iter(tensor.reshape(-1).split(_CHUNK)) if tensor.numel() else iter(())
+def is_bfloat16_exact(chunks: Iterable[torch.Tensor]) -> bool:
+    """Whether every value already is a bfloat16 value (of fp32: the low 16 bits are zero); stops at the first not."""
+    for chunk in chunks:
+        if chunk.dtype in (torch.bfloat16, *_FP8):
+            return True
+        if not bool(((chunk.bfloat16().to(chunk.dtype) == chunk) | chunk.isnan()).all()):
+            return False
+    return True

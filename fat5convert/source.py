@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,8 @@ from huggingface_hub.errors import (
 
 from fat5convert.errors import ConvertError
 from fat5convert.formats import TensorFile, TensorInfo, open_weights
+from fat5convert.json_files import read_json
+from fat5convert.known_configs import KNOWN_CONFIGS, find_config
 
 # In order of preference; an index lists the shards of a sharded checkpoint.
 WEIGHT_FILES = (
@@ -43,18 +44,24 @@ TOKENIZER_FILES = (
     "vocab.txt",
     "chat_template.jinja",
 )
+PICKLE_SUFFIXES = (".bin", ".pth", ".pt", ".ckpt")
 SETTINGS_FILES = ("config.json", "generation_config.json", *TOKENIZER_FILES)
+# Of a sentence-transformers folder, beside the encoder.
+MODULES_FILE = "modules.json"
+SENTENCE_FILES = ("config_sentence_transformers.json", "sentence_bert_config.json")
+_MODULE_PATTERNS = tuple(f"[0-9]_*/{name}" for name in ("config.json", "model.safetensors", "pytorch_model.bin"))
 _SAFETENSORS_PATTERNS = ("model.safetensors", "model.safetensors.index.json", "model-*.safetensors")
 _PICKLE_PATTERNS = ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*.bin")
 
 
 @dataclass(frozen=True)
 class Location:
-    """A folder of files, and how to name it to others (never by a path of this machine)."""
+    """A folder of files or one file in it, and how to name it to others (never by a path of this machine)."""
 
     folder: Path
     name: str
     revision: str | None
+    file: str | None = None  # a single weight file, which has no config.json
 
     @property
     def label(self) -> str:
@@ -63,22 +70,24 @@ class Location:
 
 
 def locate(model: str, revision: str | None = None) -> Location:
-    """Find MODEL: a folder if one exists under that name, else a Hub id, downloaded into the cache.
+    """Find MODEL: a folder or file if one exists under that name, else a Hub id, downloaded into the cache.
 
     Args:
-        model: path of a folder, or `owner/name` on the Hub.
+        model: path of a folder or of a single weight file, or `owner/name` on the Hub.
         revision: branch, tag or commit on the Hub; the commit it stands for is pinned and recorded.
 
     Raises:
         ConvertError: no such folder or repo, no access, or no network and not in the cache.
     """
     folder = Path(model).expanduser()
+    if folder.exists() and revision is not None:
+        raise ConvertError(f"{model} is here on disk: --revision is for models of the Hub")
     if folder.is_dir():
-        if revision is not None:
-            raise ConvertError(f"{model} is a local folder: --revision is for models of the Hub")
         return local(folder)
-    if folder.exists():
-        raise ConvertError(f"{model} is a file: give the folder that holds config.json and the weights")
+    if folder.is_file():
+        if folder.suffix not in (".safetensors", *PICKLE_SUFFIXES):
+            raise ConvertError(f"{model}: no weight file; give a folder, or one of .safetensors, .bin, .pth")
+        return Location(folder.parent, folder.name, None, file=folder.name)
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise ConvertError(f"{model}: no such folder")
     return _download(model, revision)
@@ -92,9 +101,8 @@ def local(folder: Path) -> Location:
 def _download(repo: str, revision: str | None) -> Location:
     wanted = f"{repo} at revision {revision}" if revision else repo
     try:
-        folder = Path(
-            snapshot_download(repo, revision=revision, allow_patterns=[*SETTINGS_FILES, *_SAFETENSORS_PATTERNS])
-        )
+        beside = [*SETTINGS_FILES, MODULES_FILE, *SENTENCE_FILES, *_MODULE_PATTERNS]
+        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=[*beside, *_SAFETENSORS_PATTERNS]))
         commit = folder.name
         if not any((folder / name).exists() for name in WEIGHT_FILES):
             snapshot_download(repo, revision=commit, allow_patterns=list(_PICKLE_PATTERNS))
@@ -117,17 +125,22 @@ def _download(repo: str, revision: str | None) -> Location:
 
 
 class Checkpoint:
-    """A model folder: its raw `config.json` and its tensors, loaded one at a time.
+    """A model folder or single weight file: its raw `config.json` and its tensors, loaded one at a time.
+
+    Args:
+        location: where it is.
+        config: the config of a single file, by its name or as a JSON file; a folder has its own.
 
     Raises:
-        ConvertError: a file is missing or malformed, an index names files outside the folder, or a tensor
-            that the index lists is in no shard.
+        ConvertError: a single file without config, a file that is missing or malformed, an index that names files
+            outside the folder, or a tensor that the index lists and no shard holds.
     """
 
-    def __init__(self, location: Location) -> None:
+    def __init__(self, location: Location, config: str | None = None) -> None:
         self.location = location
         self.folder = location.folder
-        self.config = read_json(self.folder / "config.json")
+        self.config_name = f"--config {config}" if location.file else str(self.folder / "config.json")
+        self.config = self._read_config(config)
         self.weight_files: list[str] = []
         self._homes: dict[str, TensorFile] = {}
         for name in self._find_weights():
@@ -148,12 +161,30 @@ class Checkpoint:
         """Read one tensor."""
         return self._homes[name].load(name)
 
+    def chunks(self, name: str) -> Iterator[torch.Tensor]:
+        """Give the values of one tensor in order, flat, a few million at a time."""
+        return self._homes[name].chunks(name)
+
     def side_files(self) -> list[Path]:
-        """Tokenizer files and the generation config, those that exist."""
+        """Tokenizer files and the generation config, those that exist; a single file has none."""
+        if self.location.file:
+            return []
         return [p for n in (*TOKENIZER_FILES, "generation_config.json") if (p := self.folder / n).is_file()]
+
+    def _read_config(self, config: str | None) -> dict[str, Any]:
+        if not self.location.file:
+            if config is not None:
+                raise ConvertError(f"{self.folder} has a config.json: --config is for single files")
+            return read_json(self.folder / "config.json")
+        if config is None:
+            message = f"{self.location.file}: a single file does not say what model it is. Give --config with a JSON"
+            raise ConvertError(f"{message} file, or one of {', '.join(KNOWN_CONFIGS)}.")
+        return find_config(config)
 
     def _find_weights(self) -> list[str]:
         self._index: dict[str, str] = {}
+        if self.location.file:
+            return [self.location.file]
         for name in WEIGHT_FILES:
             path = self.folder / name
             if path.is_file() and name.endswith(".index.json"):
@@ -179,25 +210,3 @@ def _read_index(path: Path) -> dict[str, str]:
         if not isinstance(shard, str) or shard != Path(shard).name or not shard.endswith(f".{suffix}"):
             raise ConvertError(f"{path}: names {shard!r} as a shard, which is no .{suffix} file beside it")
     return weight_map
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        ConvertError: the file is missing, unreadable or holds something else.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ConvertError(f"{path}: missing. A checkpoint is a folder with config.json and weights.") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConvertError(f"{path}: unreadable ({error})") from error
-    if not isinstance(value, dict):
-        raise ConvertError(f"{path}: expected a JSON object")
-    return value
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write a JSON object, indented, with a final newline."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

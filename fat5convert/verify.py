@@ -1,19 +1,11 @@
 """Prove that OUT is its source: tensor by tensor through hashes, and by what the two models compute.
 
-`parity.json` (schema `fat5-parity/1`):
-
-- `schema`, `result` ("same" or "different"), `differences` (in words; empty when same), `versions`;
-- `source`: `name` and `revision` of what was compared with, or null when only the recorded hashes were checked;
-- `tensors`: `compared`, how many were `identical` to the source and how many `rounded` (equal to the source
-  rounded afresh), and `sha256`, the hash of each in OUT;
-- `models`: null when only hashes were checked, else `probes` (lengths of the rows), `implementations` (for `eager`
-  and `sdpa`: `bound`, `largest_logit`, `logits_error` and `encoder_error` relative to the largest value, `loss`,
-  `oracle_loss`, `loss_error` relative to twice the largest logit, `greedy_identical`), and `rounding` (null unless
-  the dtype lost something: what rounding the weights of the oracle does to the same figures).
+The result is `parity.json`, whose fields docs/parity-certificate.md explains.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,22 +15,28 @@ import transformers
 from fat5 import model as fat5_model
 from fat5.model import RUNTIME_FILES
 from fat5convert.errors import ConvertError
-from fat5convert.families import Recognised, recognise
+from fat5convert.hashing import hash_chunks, hash_file, hash_values
+from fat5convert.json_files import read_json
 from fat5convert.parity import compare_models
-from fat5convert.source import SETTINGS_FILES, Checkpoint, local, locate, read_json
-from fat5convert.writer import hash_file, hash_tensor
+from fat5convert.precision import Form
+from fat5convert.recognise import Recognised, recognise
+from fat5convert.rescaling import Rescaling
+from fat5convert.source import SETTINGS_FILES, Checkpoint, local, locate
 
-PARITY_SCHEMA = "fat5-parity/1"
+PARITY_SCHEMA = "fat5-parity/2"
 
 
-def verify(out: str | Path, against: str | None = None, revision: str | None = None) -> dict[str, Any]:
+def verify(
+    out: str | Path, against: str | None = None, revision: str | None = None, config: str | None = None
+) -> dict[str, Any]:
     """Check a converted folder any time later.
 
     Args:
         out: the folder.
-        against: folder or Hub id of the source; without it, tensors are held against the hashes that the
-            conversion recorded, and no model is run.
+        against: folder, single file or Hub id of the source; without it, tensors are held against the hashes that
+            the conversion recorded, and no model is run.
         revision: for a Hub id.
+        config: for a single file.
 
     Returns:
         The contents of a `parity.json`; `result` is "same" or "different".
@@ -49,25 +47,61 @@ def verify(out: str | Path, against: str | None = None, revision: str | None = N
     folder = Path(out)
     if not folder.is_dir():
         raise ConvertError(f"{out}: no such folder")
-    return verify_checkpoint(folder, Checkpoint(locate(against, revision)) if against else None)
-
-
-def verify_checkpoint(folder: Path, source: Checkpoint | None) -> dict[str, Any]:
-    """As `verify`, against an open source checkpoint (None: against the recorded hashes)."""
-    out = Checkpoint(local(folder))
-    if out.config.get("model_type") != "flash_t5":
-        raise ConvertError(f"{folder / 'config.json'}: no FAT5 model (model_type {out.config.get('model_type')!r})")
-    differences = _check_code(folder) + _check_settings(out)
+    converted = Checkpoint(local(folder))
+    if converted.config.get("model_type") != "flash_t5":
+        found = converted.config.get("model_type")
+        raise ConvertError(f"{folder / 'config.json'}: no FAT5 model (model_type {found!r})")
+    differences = _check_code(folder) + _check_settings(converted)
+    if against is None:
+        return _certificate(differences, _check_recorded(converted, differences))
+    source = Checkpoint(locate(against, revision), config)
+    recognised = recognise(source)
+    record = folder / "conversion.json"
+    rescaling = Rescaling.from_dict(read_json(record).get("rescaling") if record.is_file() else None)
+    _check_config(converted, rescaling.adapt(recognised.config), differences)
+    forms, tensors = _check_against(converted, source, recognised, rescaling, differences)
     models = None
-    if source is None:
-        tensors = _check_recorded(out, differences)
-    else:
-        recognised = recognise(source)
-        _check_config(out, recognised, differences)
-        tensors = _check_against(out, source, recognised, differences)
-        if not differences:
-            models, found = compare_models(folder, source, recognised)
-            differences += found
+    if not differences:
+        models, found = compare_models(folder, source, recognised, forms)
+        differences += found
+    return _certificate(differences, tensors, source, models)
+
+
+def verify_written(
+    folder: Path, source: Checkpoint, recognised: Recognised, conversion: Mapping[str, Any]
+) -> dict[str, Any]:
+    """As `verify` against the source, of a folder just written, whose hashes were computed as the values passed.
+
+    Args:
+        folder: OUT to be.
+        source: the source.
+        recognised: which tensor is which.
+        conversion: what conversion.json says.
+    """
+    converted = Checkpoint(local(folder))
+    differences = _check_code(folder) + _check_settings(converted)
+    facts = conversion["tensors"]
+    rescaling = Rescaling.from_dict(conversion["rescaling"])
+    _check_config(converted, rescaling.adapt(recognised.config), differences)
+    differences += [f"tensor {name} is missing" for name in facts if name not in converted.tensors]
+    forms = {name: Form(info.dtype, facts[name].get("exponent", 0)) for name, info in converted.tensors.items()}
+    identical = sum(entry["sha256"] == entry["source_sha256"] for entry in facts.values())
+    tensors = {
+        "compared": len(facts),
+        "identical": identical,
+        "rounded": len(facts) - identical,
+        "sha256": {name: entry["sha256"] for name, entry in facts.items()},
+    }
+    models, found = compare_models(folder, source, recognised, forms)
+    return _certificate(differences + found, tensors, source, models)
+
+
+def _certificate(
+    differences: list[str],
+    tensors: dict[str, Any],
+    source: Checkpoint | None = None,
+    models: dict[str, Any] | None = None,
+) -> dict[str, Any]:
     return {
         "schema": PARITY_SCHEMA,
         "result": "different" if differences else "same",
@@ -80,10 +114,11 @@ def verify_checkpoint(folder: Path, source: Checkpoint | None) -> dict[str, Any]
 
 
 def _check_against(
-    out: Checkpoint, source: Checkpoint, recognised: Recognised, differences: list[str]
-) -> dict[str, Any]:
+    out: Checkpoint, source: Checkpoint, recognised: Recognised, rescaling: Rescaling, differences: list[str]
+) -> tuple[dict[str, Form], dict[str, Any]]:
     """Trace each tensor of OUT to its source, through the key table and a rounding done afresh."""
     hashes: dict[str, str] = {}
+    forms: dict[str, Form] = {}
     counts = {"identical": 0, "rounded": 0}
     names = {pair.fat5 for pair in recognised.pairs}
     differences += [f"tensor {name} has no source" for name in out.tensors if name not in names]
@@ -91,13 +126,16 @@ def _check_against(
         if pair.fat5 not in out.tensors:
             differences.append(f"tensor {pair.fat5} is missing")
             continue
-        original, dtype = source.load(pair.t5), out.tensors[pair.fat5].dtype
-        hashes[pair.fat5] = hash_tensor(out.load(pair.fat5))
-        if out.tensors[pair.fat5].shape != pair.shape or hashes[pair.fat5] != hash_tensor(original.to(dtype)):
-            differences.append(f"tensor {pair.fat5} differs from {pair.t5} of the source")
+        form = Form(out.tensors[pair.fat5].dtype, rescaling.exponent(pair.t5, recognised.layout))
+        forms[pair.fat5], hashes[pair.fat5] = form, hash_chunks(out, pair.fat5)
+        same_shape = out.tensors[pair.fat5].shape == pair.shape
+        if not same_shape or hashes[pair.fat5] != hash_values(
+            form.apply(chunk) for chunk in source.chunks(pair.source)
+        ):
+            differences.append(f"tensor {pair.fat5} differs from {pair.source} of the source")
         else:
-            counts["identical" if dtype == original.dtype else "rounded"] += 1
-    return {"compared": len(hashes), **counts, "sha256": hashes}
+            counts["identical" if form == Form(source.tensors[pair.source].dtype) else "rounded"] += 1
+    return forms, {"compared": len(hashes), **counts, "sha256": hashes}
 
 
 def _check_recorded(out: Checkpoint, differences: list[str]) -> dict[str, Any]:
@@ -107,7 +145,7 @@ def _check_recorded(out: Checkpoint, differences: list[str]) -> dict[str, Any]:
     recorded = read_json(path).get("tensors")
     if not isinstance(recorded, dict) or not all(isinstance(entry, dict) for entry in recorded.values()):
         raise ConvertError(f"{path}: malformed (no table of tensors). Give --against SOURCE.")
-    hashes = {name: hash_tensor(out.load(name)) for name in out.tensors}
+    hashes = {name: hash_chunks(out, name) for name in out.tensors}
     differences += [f"tensor {name} is missing" for name in recorded if name not in hashes]
     differences += [f"tensor {name} was not converted from anything" for name in hashes if name not in recorded]
     identical = 0
@@ -121,8 +159,8 @@ def _check_recorded(out: Checkpoint, differences: list[str]) -> dict[str, Any]:
     return {"compared": len(hashes), "identical": identical, "rounded": 0, "sha256": hashes}
 
 
-def _check_config(out: Checkpoint, recognised: Recognised, differences: list[str]) -> None:
-    for key, value in recognised.config.items():
+def _check_config(out: Checkpoint, expected: Mapping[str, Any], differences: list[str]) -> None:
+    for key, value in expected.items():
         if out.config.get(key) != value:
             differences.append(f"config.json has {key} {out.config.get(key)!r}, the source means {value!r}")
 
@@ -133,7 +171,9 @@ def _check_settings(out: Checkpoint) -> list[str]:
     recorded = read_json(path).get("files") if path.is_file() else None
     if not isinstance(recorded, dict):
         return []
-    present = {name for name in SETTINGS_FILES if (out.folder / name).is_file()}
+    modules = read_json(path).get("modules")
+    recorded = recorded | (modules if isinstance(modules, dict) else {})
+    present = {name for name in (*SETTINGS_FILES, *recorded) if (out.folder / name).is_file()}
     return [
         *(f"{name} is missing" for name in sorted(recorded.keys() - present)),
         *(f"{name} was not written by the conversion" for name in sorted(present - recorded.keys())),

@@ -1,55 +1,49 @@
-"""Write a folder of safetensors shards, one tensor in memory at a time, complete or not at all."""
+"""Write safetensors shards, a few million values in memory at a time, hashing them as they pass."""
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hashlib
 import json
 import os
-import secrets
-import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import torch
 
 from fat5convert.errors import ConvertError
 from fat5convert.formats import SAFETENSORS_DTYPES, TensorInfo
-from fat5convert.source import read_json, write_json
+from fat5convert.hashing import Chunked, tensor_bytes
+from fat5convert.journal import Journal
+from fat5convert.json_files import write_json
+from fat5convert.precision import ErrorMeter, Form, short_name
 
 _DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
-_CHUNK = 1 << 24  # bytes hashed and written at a time
 
 Advance = Callable[[int], None]
 
 
 @dataclass(frozen=True)
 class Item:
-    """A tensor to be written: its description is known at once, its values when their turn comes."""
+    """A tensor to be written: its name, where its values are, their description there, and what becomes of them."""
 
     name: str
-    info: TensorInfo
-    produce: Callable[[], torch.Tensor]
+    source: Chunked
+    source_name: str
+    source_info: TensorInfo
+    form: Form
+
+    @property
+    def info(self) -> TensorInfo:
+        """What is written."""
+        return TensorInfo(self.form.dtype, self.source_info.shape)
 
 
-def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """The values of a CPU tensor as bytes, little-endian, row-major; copies only if they are not contiguous."""
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-
-def hash_tensor(tensor: torch.Tensor) -> str:
-    """SHA-256 of the values as safetensors stores them."""
-    return hashlib.sha256(tensor_bytes(tensor)).hexdigest()
-
-
-def hash_file(path: Path) -> str:
-    """SHA-256 of a small file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def write_weights(folder: Path, items: Sequence[Item], shard_size: int, advance: Advance) -> dict[str, str]:
+def write_weights(
+    folder: Path, items: Sequence[Item], shard_size: int, advance: Advance, journal: Journal | None = None
+) -> dict[str, dict[str, Any]]:
     """Write `model.safetensors`, or numbered shards with their index when one file would exceed `shard_size`.
 
     Args:
@@ -57,17 +51,27 @@ def write_weights(folder: Path, items: Sequence[Item], shard_size: int, advance:
         items: the tensors, in order.
         shard_size: most bytes of data per file (a larger tensor gets a file of its own).
         advance: called with every count of bytes written.
+        journal: where finished shards are noted, and may be found; those are not written again.
 
     Returns:
-        name -> SHA-256 of the written values, computed as they pass.
+        For every tensor: `source`, `source_dtype`, `dtype`, `exponent` where it is not 0, `source_sha256` and
+        `sha256`, computed as the values pass, and `rounding` where the form changed them.
     """
     shards = _split(items, shard_size)
     names = ["model.safetensors"]
     if len(shards) > 1:
         names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    hashes: dict[str, str] = {}
-    for name, shard in zip(names, shards, strict=True):
-        _write_shard(folder / name, shard, advance, hashes)
+    facts: dict[str, dict[str, Any]] = {}
+    with ThreadPoolExecutor(2, thread_name_prefix="hash") as pool:
+        for name, shard in zip(names, shards, strict=True):
+            found = journal.finished(folder / name, [item.name for item in shard]) if journal else None
+            if found is None:
+                found = _write_shard(folder / name, shard, advance, pool)
+                if journal:
+                    journal.record(folder / name, found)
+            else:
+                advance(sum(item.info.nbytes for item in shard))
+            facts |= found
     if len(shards) > 1:
         total = sum(item.info.nbytes for item in items)
         weight_map = {item.name: name for name, shard in zip(names, shards, strict=True) for item in shard}
@@ -75,7 +79,7 @@ def write_weights(folder: Path, items: Sequence[Item], shard_size: int, advance:
             folder / "model.safetensors.index.json",
             {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))},
         )
-    return hashes
+    return facts
 
 
 def _split(items: Sequence[Item], shard_size: int) -> list[list[Item]]:
@@ -90,7 +94,9 @@ def _split(items: Sequence[Item], shard_size: int) -> list[list[Item]]:
     return shards
 
 
-def _write_shard(path: Path, items: Sequence[Item], advance: Advance, hashes: dict[str, str]) -> None:
+def _write_shard(
+    path: Path, items: Sequence[Item], advance: Advance, pool: ThreadPoolExecutor
+) -> dict[str, dict[str, Any]]:
     # Wide dtypes first: then every tensor of the file is aligned to its own size.
     items = sorted(items, key=lambda item: -item.info.dtype.itemsize)
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
@@ -104,125 +110,49 @@ def _write_shard(path: Path, items: Sequence[Item], advance: Advance, hashes: di
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for item in items:
-            tensor = item.produce()
-            if TensorInfo(tensor.dtype, tuple(tensor.shape)) != item.info:
-                raise ConvertError(f"tensor {item.name} changed while it was being converted")
-            data, digest = tensor_bytes(tensor), hashlib.sha256()
-            for start in range(0, len(data), _CHUNK):
-                part = data[start : start + _CHUNK]
-                digest.update(part)
-                file.write(part)
-                advance(len(part))
-            hashes[item.name] = digest.hexdigest()
+        facts = {item.name: _write_tensor(file, item, advance, pool) for item in items}
         file.flush()
         os.fsync(file.fileno())
+    return facts
 
 
-@contextlib.contextmanager
-def staged(out: Path, overwrite: bool, replaceable: Callable[[Path], bool]) -> Iterator[Path]:
-    """Give a temporary folder beside OUT that becomes OUT at the end, or vanishes if anything goes wrong.
-
-    Args:
-        out: the folder to be.
-        overwrite: whether an existing OUT may be replaced; it is removed only after the new one is in place.
-        replaceable: says whether an existing folder is one of ours; others are never removed.
-
-    Raises:
-        ConvertError: OUT exists and may not be replaced, or its parent cannot be written.
-    """
-    check_target(out, overwrite, replaceable)
-    created = _missing_parents(out)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        staging = _sibling(out, "partial")
-        staging.mkdir()
-    except OSError as error:
-        _remove_empty(created)
-        raise ConvertError(f"{out}: cannot be written ({_reason(error)})") from error
-    try:
-        yield staging
-        for path in (*staging.iterdir(), staging):
-            _sync(path)
-        _publish(staging, out, overwrite)
-    except OSError as error:
-        raise ConvertError(f"{error.filename or out}: {_reason(error)}") from error
-    finally:
-        # After a success there is nothing left under this name.
-        shutil.rmtree(staging, ignore_errors=True)
-        _remove_empty(created)
-
-
-def check_target(out: Path, overwrite: bool, replaceable: Callable[[Path], bool]) -> None:
-    """Refuse an OUT that exists, unless it may be and is asked to be replaced."""
-    if not out.exists() and not out.is_symlink():
-        return
-    if not overwrite:
-        raise ConvertError(f"{out}: exists already. Give --overwrite to replace it, or another folder.")
-    if not out.is_dir() or out.is_symlink() or not replaceable(out):
-        raise ConvertError(f"{out}: exists and does not look like an earlier output, so it is not replaced")
+def _write_tensor(file: BinaryIO, item: Item, advance: Advance, pool: ThreadPoolExecutor) -> dict[str, Any]:
+    """Write one tensor; hashing and measuring run in threads beside reading, rounding and writing."""
+    changes = item.form != Form(item.source_info.dtype)
+    source_digest, digest, meter = hashlib.sha256(), hashlib.sha256(), ErrorMeter()
+    waiting: list[Future[None]] = []
+    count = 0
+    for before in item.source.chunks(item.source_name):
+        count += before.numel()
+        if before.dtype != item.source_info.dtype or count > item.source_info.numel:
+            break
+        after = item.form.apply(before) if changes else before
+        data = tensor_bytes(after)
+        for future in waiting:  # one chunk behind: memory stays bounded, and each digest sees its chunks in order
+            future.result()
+        waiting = [pool.submit(digest.update, data)]
+        if changes:
+            waiting.append(pool.submit(_look_at, source_digest, meter, item.form, before, after))
+        file.write(data)
+        advance(len(data))
+    for future in waiting:
+        future.result()
+    if count != item.source_info.numel:
+        raise ConvertError(f"tensor {item.source_name} changed while it was being converted")
+    facts: dict[str, Any] = {
+        "source": item.source_name,
+        "source_dtype": short_name(item.source_info.dtype),
+        "dtype": short_name(item.form.dtype),
+        "source_sha256": (source_digest if changes else digest).hexdigest(),
+        "sha256": digest.hexdigest(),
+    }
+    if item.form.exponent:
+        facts["exponent"] = item.form.exponent
+    if changes:
+        facts["rounding"] = meter.result().as_dict()
+    return facts
 
 
-def holds_model(*model_types: str) -> Callable[[Path], bool]:
-    """A test for `replaceable`: the folder's config.json is of one of these model types, or the folder is empty."""
-
-    def test(folder: Path) -> bool:
-        if not any(folder.iterdir()):
-            return True
-        try:
-            return read_json(folder / "config.json").get("model_type") in model_types
-        except ConvertError:
-            return False
-
-    return test
-
-
-def check_space(out: Path, needed: int) -> None:
-    """Refuse to start when the disk cannot hold the result."""
-    folder = next(parent for parent in out.absolute().parents if parent.exists())
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise ConvertError(f"{out}: needs {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free")
-
-
-def _publish(staging: Path, out: Path, overwrite: bool) -> None:
-    if not out.exists():
-        staging.rename(out)
-    elif not overwrite:
-        raise ConvertError(f"{out}: appeared while this was running; nothing was replaced")
-    else:
-        old = _sibling(out, "old")
-        out.rename(old)
-        try:
-            staging.rename(out)
-        except BaseException:
-            old.rename(out)
-            raise
-        shutil.rmtree(old)
-    _sync(out.parent)
-
-
-def _sibling(out: Path, kind: str) -> Path:
-    return out.parent / f".{out.name}.{secrets.token_hex(4)}.{kind}"
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _missing_parents(out: Path) -> list[Path]:
-    return [parent for parent in out.absolute().parents if not parent.exists()]
-
-
-def _remove_empty(folders: Sequence[Path]) -> None:
-    for folder in folders:
-        with contextlib.suppress(OSError):
-            folder.rmdir()
-
-
-def _reason(error: OSError) -> str:
-    return "no space left on the disk" if error.errno == errno.ENOSPC else (error.strerror or str(error))
+def _look_at(digest: Any, meter: ErrorMeter, form: Form, before: torch.Tensor, after: torch.Tensor) -> None:
+    digest.update(tensor_bytes(before))
+    meter.add(before, form.undo(after))

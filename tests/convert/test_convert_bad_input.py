@@ -277,7 +277,9 @@ def test_no_such_folder(model: str, tmp_path: Path) -> None:
 
 
 def test_a_file_as_model(flan: Path, tmp_path: Path) -> None:
-    fails([str(flan / "model.safetensors"), str(tmp_path / "out")], tmp_path, "give the folder")
+    fails([str(flan / "model.safetensors"), str(tmp_path / "out")], tmp_path, "--config", "t5-v1_1-xxl")
+    fails([str(flan / "config.json"), str(tmp_path / "out")], tmp_path, "no weight file")
+    fails([str(flan), str(tmp_path / "out"), "--config", "t5-small"], tmp_path, "for single files")
 
 
 def test_revision_of_a_folder(flan: Path, tmp_path: Path) -> None:

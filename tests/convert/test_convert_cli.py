@@ -11,7 +11,7 @@ from click.testing import CliRunner, Result
 from toy_checkpoints import FAMILIES
 
 from fat5convert.cli import main
-from fat5convert.writer import hash_tensor
+from fat5convert.hashing import hash_tensor
 
 
 def run(*args: object, code: int = 0) -> Result:
@@ -80,10 +80,33 @@ def test_export_says_what_it_did(converted: dict[str, Path], tmp_path: Path) -> 
     run("export", converted["mt5"], tmp_path / "t5", "--overwrite")
 
 
+def test_quiet(flan: Path, tmp_path: Path) -> None:
+    assert run(flan, tmp_path / "out", "--quiet", "--no-verify").output == ""
+    assert run("verify", tmp_path / "out", "--quiet").output == ""
+    assert run("export", tmp_path / "out", tmp_path / "t5", "--quiet").output == ""
+    assert "exists already" in run(flan, tmp_path / "out", "--quiet", code=1).output
+
+
+def test_the_summary_has_four_lines_for_a_lossy_dtype_too(flan: Path, tmp_path: Path) -> None:
+    output = run(flan, tmp_path / "out", "--dtype", "float16").output.splitlines()
+    assert len(output) == 4
+    assert "rounding errors up to" in output[1]
+    assert "rounding moves logits by" in output[2]
+
+
+def test_families_are_listed_from_the_code_and_the_readme_agrees() -> None:
+    table = run("--list-families").output
+    for name in ("T5 v1.0", "mT5", "umT5", "Pile-T5", "ByT5", "UL2", "MADLAD-400", "CodeT5", "ProtT5", "Ankh", "FAT5"):
+        assert f"| {name} |" in table
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    assert table in readme
+
+
 def test_help_has_three_examples() -> None:
     text = run("--help").output
     assert text.count("\n      fat5convert ") + text.count("\n    fat5convert ") == 3
-    assert "Exit codes" in text
+    for code in ("0 done", "1 the work failed", "2 wrong usage", "3 verification found", "130 and 143"):
+        assert code in " ".join(text.split())
     for command in ("inspect", "verify", "export", "convert"):
         assert command in text
 

@@ -54,10 +54,10 @@ def unscale_umt5(stock: Any) -> Any:
 
 
 LAYOUTS = [
-    pytest.param(4, "safetensors", False, id="v4-safetensors"),
+    pytest.param(4, "safetensors", False, id="v4-safetensors", marks=pytest.mark.slow),
     pytest.param(5, "safetensors", True, id="v5-safetensors-sharded"),
     pytest.param(4, "bin", True, id="v4-bin-sharded"),
-    pytest.param(5, "bin", False, id="v5-bin"),
+    pytest.param(5, "bin", False, id="v5-bin", marks=pytest.mark.slow),
 ]
 
 

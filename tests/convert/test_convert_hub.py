@@ -86,7 +86,7 @@ def online(env: dict[str, str]) -> dict[str, str]:
 
 
 def fat5convert(env: dict[str, str], *args: object, code: int = 0) -> Any:
-    command = [sys.executable, "-m", "fat5convert.cli", *map(str, args)]
+    command = [sys.executable, "-m", "fat5convert", *map(str, args)]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == code, done.stdout + done.stderr
     assert "Traceback" not in done.stderr

@@ -98,10 +98,10 @@ def test_a_wrong_scale_is_caught(
     family: str, originals: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Were the family table wrong about scaling, the oracle, which does not read it, would say so."""
-    from fat5convert import families
+    from fat5convert import recognise
 
-    right = families._scaling
-    monkeypatch.setattr(families, "_scaling", lambda raw, family: (not right(raw, family)[0], "wrong on purpose"))
+    right = recognise.read_scaling
+    monkeypatch.setattr(recognise, "read_scaling", lambda raw, family: (not right(raw, family)[0], "wrong on purpose"))
     with pytest.raises(DifferenceError, match="logits_error"):
         convert(str(originals[family]), tmp_path / "out")
 
@@ -167,3 +167,64 @@ def test_a_kept_model_loads_in_the_dtype_that_its_source_states(originals: dict[
         edit_config(source, dtype=stated)
         convert(str(source), tmp_path / f"{stated}", verify=False)
         assert json.loads((tmp_path / f"{stated}" / "config.json").read_text())["dtype"] == expected
+
+
+@pytest.mark.parametrize("dtype", ["keep", "bfloat16"])
+@pytest.mark.parametrize("family", ["t5-v1.0", "umt5"])
+def test_layer_streamed_verification_finds_what_whole_does(
+    family: str, dtype: str, originals: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Models too large for memory are run with one layer's weights at a time: the same figures."""
+    whole = convert(str(originals[family]), tmp_path / "whole", dtype=dtype).parity
+    monkeypatch.setattr(parity, "WHOLE_PARAMETERS", 0)
+    monkeypatch.setattr(parity.FlashT5ForConditionalGeneration, "from_pretrained", None)  # must not be needed
+    streamed = convert(str(originals[family]), tmp_path / "streamed", dtype=dtype).parity
+    assert whole is not None
+    assert streamed is not None
+    assert (whole["models"]["method"], streamed["models"]["method"]) == ("whole", "layer-streamed")
+    for one, other in zip(streamed["models"]["implementations"], whole["models"]["implementations"], strict=True):
+        for key in ("logits_error", "encoder_error", "largest_logit"):
+            assert one[key] == other[key], "to the last bit"
+        # Whole models compute their own loss, over padded rows.
+        for key in ("loss", "oracle_loss"):
+            assert one[key] == pytest.approx(other[key], rel=1e-6)
+    if dtype == "bfloat16":
+        assert streamed["models"]["rounding"]["quantiles"] == whole["models"]["rounding"]["quantiles"]
+        assert streamed["models"]["in_own_dtype"] == whole["models"]["in_own_dtype"]
+
+
+def test_layer_streamed_verification_notices(flan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parity, "WHOLE_PARAMETERS", 0)
+    load = parity._OwnWeights.__getitem__
+
+    def load_with_an_error(weights: parity._OwnWeights, name: str) -> torch.Tensor:
+        values = load(weights, name)
+        return values + 0.5 if name == "decoder.block.1.ff_layer.wo.weight" else values
+
+    monkeypatch.setattr(parity._OwnWeights, "__getitem__", load_with_an_error)
+    with pytest.raises(DifferenceError, match="eager: logits_error"):
+        convert(str(flan), tmp_path / "out")
+
+
+def test_one_layer_of_weights_at_a_time(originals: dict[str, Path], tmp_path: Path) -> None:
+    """After each layer its weights are gone again."""
+    from fat5convert.probe import make_probe, run_probe
+    from fat5convert.recognise import recognise
+    from fat5convert.source import Checkpoint, local
+    from fat5convert.stock_models import Weights, streamed_stock
+
+    checkpoint = Checkpoint(local(originals["t5-v1.1"]))
+    recognised = recognise(checkpoint)
+    model = streamed_stock(recognised, Weights(checkpoint, recognised))
+    most = 0
+
+    def count(*_: object) -> None:
+        nonlocal most
+        most = max(most, sum(p.numel() for p in model.parameters() if p.device.type != "meta"))
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(count)
+    run_probe(model, make_probe(recognised.config), encoder_only=False)
+    assert all(parameter.device.type == "meta" for parameter in model.parameters())
+    assert most <= max(p.numel() for p in model.parameters())

@@ -13,11 +13,24 @@ from fat5convert import convert as convert_module
 from fat5convert.convert import convert
 from fat5convert.errors import ConvertError
 from fat5convert.formats import SafetensorsFile, TensorInfo
-from fat5convert.writer import Item, check_space, holds_model, staged, write_weights
+from fat5convert.precision import Form
+from fat5convert.staging import check_space, holds_model, staged
+from fat5convert.writer import Item, write_weights
+
+
+class InMemory:
+    """Tensors as a source, in pieces of seven values."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        self.tensors = tensors
+
+    def chunks(self, name: str) -> Iterator[torch.Tensor]:
+        return iter(self.tensors[name].reshape(-1).split(7))
 
 
 def items(tensors: dict[str, torch.Tensor]) -> list[Item]:
-    return [Item(name, TensorInfo(t.dtype, tuple(t.shape)), lambda t=t: t) for name, t in tensors.items()]
+    source = InMemory(tensors)
+    return [Item(name, source, name, TensorInfo(t.dtype, tuple(t.shape)), Form(t.dtype)) for name, t in tensors.items()]
 
 
 TENSORS = {
@@ -56,22 +69,32 @@ def test_written_files_are_read_by_the_safetensors_library(shard_size: int, tmp_
         assert name in SafetensorsFile(tmp_path / shard).tensors
 
 
-def test_one_tensor_at_a_time(tmp_path: Path) -> None:
-    """The next tensor is asked for only after the one before was written."""
-    alive = 0
+def test_a_chunk_at_a_time(tmp_path: Path) -> None:
+    """A piece is asked for only when no more than the two before it can still be in use."""
+    produced = written = 0
 
-    def produce(nbytes: int) -> torch.Tensor:
-        nonlocal alive
-        alive += 1
-        assert alive == 1
-        return torch.zeros(nbytes // 4)
+    class Source:
+        def chunks(self, name: str) -> Iterator[torch.Tensor]:
+            nonlocal produced
+            for _ in range(20):
+                produced += 1
+                assert produced - written <= 1
+                yield torch.zeros(5)
 
-    def written(count: int) -> None:
-        nonlocal alive
-        alive -= 1
+    def advance(count: int) -> None:
+        nonlocal written
+        written += 1
 
-    todo = [Item(f"t{i}", TensorInfo(torch.float32, (100,)), lambda: produce(400)) for i in range(20)]
-    write_weights(tmp_path, todo, 1000, written)
+    todo = [Item(f"t{i}", Source(), "t", TensorInfo(torch.float32, (100,)), Form(torch.float32)) for i in range(3)]
+    write_weights(tmp_path, todo, 1000, advance)
+    assert written == 60
+
+
+@pytest.mark.parametrize("change", [torch.zeros(99), torch.zeros(101), torch.zeros(100).half()])
+def test_a_source_that_changes_meanwhile(change: torch.Tensor, tmp_path: Path) -> None:
+    item = Item("t", InMemory({"t": change}), "t", TensorInfo(torch.float32, (100,)), Form(torch.float32))
+    with pytest.raises(ConvertError, match="tensor t changed"):
+        write_weights(tmp_path, [item], 1000, lambda count: None)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ConvertError, OSError, MemoryError])
@@ -111,7 +134,7 @@ def test_the_old_folder_survives_a_failed_swap(tmp_path: Path, monkeypatch: pyte
     rename = Path.rename
 
     def refuse_the_new(self: Path, target: Path) -> Path:
-        if self.name.endswith(".partial"):
+        if self.name.endswith("-partial"):
             raise OSError(28, "No space left on device")
         return rename(self, target)
 

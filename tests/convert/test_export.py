@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from toy_checkpoints import FAMILIES, all_tensors, edit_config, rewrite, write_checkpoint
+from toy_layouts import make_encoder, write_config, write_published_fat5, write_wan
 
 from fat5.model import FlashT5ForConditionalGeneration
 from fat5convert.convert import convert
@@ -25,8 +26,15 @@ def load_stock(family: str, folder: Path) -> Any:
     return FAMILIES[family].model_class.from_pretrained(folder, attn_implementation="eager")
 
 
-@pytest.mark.parametrize("dialect", [4, 5])
-@pytest.mark.parametrize("weights", ["safetensors", "bin"])
+@pytest.mark.parametrize(
+    ("weights", "dialect"),
+    [
+        ("safetensors", 4),
+        ("bin", 5),
+        pytest.param("safetensors", 5, marks=pytest.mark.slow),
+        pytest.param("bin", 4, marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_round_trip_is_bit_identical(family: str, weights: str, dialect: int, tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "source", family, dialect=dialect, weights=weights)
@@ -68,8 +76,9 @@ def test_a_trained_model_without_provenance(family: str, converted: dict[str, Pa
     assert not (tmp_path / "trained" / "conversion.json").exists()
     exported = export(tmp_path / "trained", tmp_path / "t5")
     assert exported.not_restored == {}
-    # Without provenance an mT5 is a T5, which computes the same.
-    stock = load_stock("umt5" if family == "umt5" else "t5-v1.1", tmp_path / "t5")
+    # The config itself says where the model came from, and saving keeps that.
+    assert exported.model_type == {"umt5": "umt5", "mt5": "mt5"}.get(family, "t5")
+    stock = load_stock(family, tmp_path / "t5")
     expected = logits(ours)
     if family == "umt5":
         stock.config.tie_word_embeddings = False  # keeps stock's forward from scaling
@@ -94,7 +103,7 @@ def test_side_files_come_along(flan: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"attention_scale": None}, "attention_scale"),
+        ({"attention_scale": None}, "attention_scale.*no power of two"),
         ({"model_type": "t5"}, "no FAT5 model"),
         ({"d_ff": 49}, "wrong shape"),
         ({"num_heads": "many"}, "num_heads"),
@@ -107,6 +116,65 @@ def test_what_stock_cannot_express(changes: dict[str, Any], message: str, flan: 
     with pytest.raises(ConvertError, match=message):
         export(tmp_path / "out", tmp_path / "t5")
     assert not (tmp_path / "t5").exists()
+
+
+@pytest.mark.parametrize("dialect", [4, 5])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_either_dialect(family: str, dialect: int, converted: dict[str, Path], tmp_path: Path) -> None:
+    export(converted[family], tmp_path / "t5", transformers=dialect)
+    config = json.loads((tmp_path / "t5" / "config.json").read_text())
+    assert ("dtype" in config, "torch_dtype" in config) == (dialect == 5, dialect == 4)
+    assert ("scale_decoder_outputs" in config) == (dialect == 5 and config["model_type"] == "t5")
+    export(converted[family], tmp_path / "both")
+    theirs, ours = load_stock(family, tmp_path / "t5"), load_stock(family, tmp_path / "both")
+    assert torch.equal(logits(theirs), logits(ours))
+    assert getattr(theirs.config, "scale_decoder_outputs", None) == getattr(ours.config, "scale_decoder_outputs", None)
+
+
+def encoder_states(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS).last_hidden_state
+
+
+@pytest.mark.parametrize("model_type", ["t5", "umt5"])
+def test_an_encoder_goes_back_to_an_encoder(model_type: str, tmp_path: Path) -> None:
+    stock = make_encoder(model_type)
+    stock.save_pretrained(tmp_path / "source")
+    convert(str(tmp_path / "source"), tmp_path / "out", verify=False)
+    exported = export(tmp_path / "out", tmp_path / "t5")
+    assert exported.model_type == model_type
+    before, after = all_tensors(tmp_path / "source"), all_tensors(tmp_path / "t5")
+    assert before.keys() - set(exported.not_restored) == after.keys()
+    assert all(torch.equal(before[name], tensor) for name, tensor in after.items())
+    back = type(stock).from_pretrained(tmp_path / "t5", attn_implementation="eager")
+    assert torch.equal(encoder_states(back), encoder_states(stock))
+
+
+def test_wan_becomes_a_stock_umt5(tmp_path: Path) -> None:
+    stock = make_encoder("umt5")
+    path = write_wan(tmp_path / "wan.pth", stock)
+    convert(str(path), tmp_path / "out", config=str(write_config(tmp_path / "umt5.json", stock)), verify=False)
+    export(tmp_path / "out", tmp_path / "t5")
+    back = type(stock).from_pretrained(tmp_path / "t5", attn_implementation="eager")
+    assert torch.equal(encoder_states(back), encoder_states(stock))
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+def test_published_fat5_becomes_a_stock_t5(scale: float, originals: dict[str, Path], tmp_path: Path) -> None:
+    """A scale that is a power of two goes into the queries, exactly."""
+    source = write_published_fat5(tmp_path / "source", originals["t5-v1.1"], attention_scale=scale)
+    convert(str(source), tmp_path / "out", verify=False)
+    export(tmp_path / "out", tmp_path / "t5")
+    before, after = all_tensors(originals["t5-v1.1"]), all_tensors(tmp_path / "t5")
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        factor = scale if name.endswith("Attention.q.weight") else 1.0
+        assert torch.equal(after[name], tensor * factor), name
+    config = json.loads((tmp_path / "t5" / "config.json").read_text())
+    assert not {"use_glu_mlp", "attention_type", "auto_map"} & config.keys()
+    ours = FlashT5ForConditionalGeneration.from_pretrained(tmp_path / "out", attn_implementation="eager")
+    expected = logits(ours)
+    assert (logits(load_stock("t5-v1.1", tmp_path / "t5")) - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 def test_does_not_replace_what_is_no_t5(converted: dict[str, Path], tmp_path: Path) -> None:

@@ -1,0 +1,5 @@
+"""`python -m fat5convert`."""
+
+from fat5convert.entry import main
+
+main()

@@ -1,0 +1,74 @@
+"""What stands beside the weights in OUT: the configuration, the tokenizer and the generation settings."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from fat5.model import AUTO_MAP, FlashT5Config
+from fat5convert.families import FAMILIES
+from fat5convert.formats import TensorInfo
+from fat5convert.json_files import read_json, write_json
+from fat5convert.precision import short_name
+from fat5convert.recognise import Recognised
+from fat5convert.source import Checkpoint
+
+# Configs written by early releases of transformers also hold what is for generation.
+_GENERATION_KEYS = set(GenerationConfig().to_dict()) - {"transformers_version"}
+_MODEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def write_config(
+    folder: Path, fields: Mapping[str, Any], outputs: Mapping[str, TensorInfo], raw: Mapping[str, Any], keep: bool
+) -> None:
+    """Write config.json.
+
+    Args:
+        folder: OUT to be.
+        fields: of FlashT5Config.
+        outputs: the tensors in OUT.
+        raw: the source's config.
+        keep: whether the weights keep their dtype, so that the dtype which the source states is still right.
+    """
+    encoder_only = not any(name.startswith("decoder.") for name in outputs)
+    auto_map, architecture = AUTO_MAP, "FlashT5ForConditionalGeneration"
+    if encoder_only:
+        architecture = "FlashT5EncoderModel"
+        encoder = AUTO_MAP["AutoModelForTextEncoding"]
+        auto_map = {"AutoConfig": AUTO_MAP["AutoConfig"], "AutoModel": encoder, "AutoModelForTextEncoding": encoder}
+    config = FlashT5Config(**fields, architectures=[architecture])
+    stated = raw.get("dtype", raw.get("torch_dtype"))
+    if not keep or stated not in [short_name(dtype) for dtype in _MODEL_DTYPES]:
+        # The dtype that `from_pretrained` gives the model: the widest in the file.
+        stated = short_name(max((info.dtype for info in outputs.values()), key=lambda dtype: torch.finfo(dtype).bits))
+    written = config.to_diff_dict() | dict(fields) | {"auto_map": auto_map, "dtype": stated}
+    write_json(folder / "config.json", dict(sorted(written.items())))
+
+
+def write_side_files(folder: Path, checkpoint: Checkpoint, recognised: Recognised) -> None:
+    """Carry the tokenizer and generation config over, and add what only the stock model type implied."""
+    raw, files = checkpoint.config, checkpoint.side_files()
+    for path in files:
+        shutil.copyfile(path, folder / path.name)
+    names = {path.name for path in files}
+    published = recognised.naming.column == "fat5"  # where pad_token_id -100 is usual
+    path = folder / "generation_config.json"
+    if not recognised.layout.encoder_only and (published or path.name not in names):
+        settings = {key: value for key, value in raw.items() if key in _GENERATION_KEYS and value is not None}
+        settings |= read_json(path) if path.is_file() else {}
+        for key in ("decoder_start_token_id", "eos_token_id", "pad_token_id"):
+            if published or settings.get(key) is None:
+                settings[key] = recognised.config[key]
+        write_json(path, settings)
+    if names - {"generation_config.json"}:
+        # AutoTokenizer finds the class by model type when this file does not name it; flash_t5 has none.
+        path = folder / "tokenizer_config.json"
+        settings = read_json(path) if path.is_file() else {}
+        if "tokenizer_class" not in settings:
+            stated = raw.get("tokenizer_class") or FAMILIES[recognised.model_type].tokenizer_class
+            write_json(path, settings | {"tokenizer_class": stated})
