@@ -21,13 +21,14 @@ DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 needs_kernels = pytest.mark.skipif(not HAS_KERNELS, reason="runs in the process that interprets Triton")
 
 
-def run_interpreted(file: str) -> None:
+def run_interpreted(file: str, marker: str = "not slow") -> None:
     """Run the tests of a file that need kernels, in the interpreter, unless that is where this is running."""
     if HAS_KERNELS:
         pytest.skip("the kernels are at hand")
     pytest.importorskip("triton")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-c", Path(__file__).parents[1] / "pyproject.toml"]
+    settings = Path(__file__).parents[1] / "pyproject.toml"
+    options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", marker, "-c", settings]
     command = [sys.executable, "-m", "pytest", *options, file]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]

@@ -47,6 +47,11 @@ def test_in_the_interpreter():
     run_interpreted(__file__)
 
 
+@pytest.mark.slow
+def test_the_long_ones_in_the_interpreter():
+    run_interpreted(__file__, "slow")
+
+
 def build(cls, config_cls, implementation="eager", **fields):
     model = cls(config_cls(**{**SHAPE, **fields}, attn_implementation=implementation)).eval()
     with torch.no_grad():
@@ -86,7 +91,12 @@ def assert_near(actual, expected, tolerance=2e-5 if INTERPRETED else 1e-3):
 @needs_kernels
 @pytest.mark.parametrize(
     ("family", "kind"),
-    [*(("t5", kind) for kind in ("none", "right", "left", "holes")), ("mt5", "right"), ("umt5", "left")],
+    [
+        ("t5", "right"),
+        ("umt5", "left"),
+        *(pytest.param("t5", kind, marks=pytest.mark.slow) for kind in ("none", "left", "holes")),
+        pytest.param("mt5", "right", marks=pytest.mark.slow),
+    ],
 )
 def test_logits_and_gradients(family, kind):
     model = build(*MODELS[family])
@@ -100,7 +110,7 @@ def test_logits_and_gradients(family, kind):
 
 @since_5_17
 @needs_kernels
-@pytest.mark.parametrize(("family", "kind"), [("t5", "right"), ("umt5", "left")])
+@pytest.mark.parametrize(("family", "kind"), [("t5", "right"), pytest.param("umt5", "left", marks=pytest.mark.slow)])
 def test_generation(family, kind):
     model = build(*MODELS[family])
     inputs = inputs_of(kind, labels=False)
@@ -135,7 +145,7 @@ class LargestSquare(TorchDispatchMode):
 
 @since_5_17
 @needs_kernels
-@pytest.mark.parametrize(("family", "kind"), [("t5", "none"), ("t5", "left"), ("umt5", "right")])
+@pytest.mark.parametrize(("family", "kind"), [("t5", "left"), pytest.param("umt5", "right", marks=pytest.mark.slow)])
 def test_nothing_is_as_long_as_it_is_wide(family, kind):
     model = build(*MODELS[family])
     inputs = inputs_of(kind)
@@ -151,6 +161,7 @@ def test_nothing_is_as_long_as_it_is_wide(family, kind):
 
 @since_5_17
 @needs_kernels
+@pytest.mark.slow
 def test_gradient_checkpointing():
     model = build(*MODELS["t5"])
     inputs = inputs_of("left")

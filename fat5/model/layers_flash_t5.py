@@ -220,7 +220,8 @@ class FlashT5Block(GradientCheckpointingLayer):
             )
         hidden_states, branch = self.ff_layer(hidden_states, branch)
         if self.training and self.gradient_checkpointing:  # which keeps what goes between layers: one tensor, not two
-            hidden_states, branch = add_branch(hidden_states, branch, self.ff_layer.dropout), None
+            dropout_p = dropout_probability(self.ff_layer.dropout)
+            hidden_states, branch = add_branch(hidden_states, branch, self.ff_layer.layer_norm, dropout_p), None
         return hidden_states, branch, bias, cross_bias, weights, cross_weights
 
 
@@ -229,15 +230,8 @@ def dropout_probability(dropout: nn.Dropout) -> float:
     return dropout.p if dropout.training else 0.0
 
 
-def add_branch(hidden_states: torch.Tensor, branch: torch.Tensor | None, dropout: nn.Dropout) -> torch.Tensor:
-    """The sum that the next norm would begin with, kept in fp16's range, for whoever wants it before.
-
-    T5's residual stream exceeds that range in some checkpoints.
-    """
-    if branch is None:
-        return hidden_states
-    hidden_states = hidden_states + dropout(branch)
-    if hidden_states.dtype != torch.float16:
-        return hidden_states
-    largest = torch.finfo(torch.float16).max
-    return hidden_states.clamp(min=-largest, max=largest)
+def add_branch(
+    hidden_states: torch.Tensor, branch: torch.Tensor | None, norm: FlashT5LayerNorm, dropout_p: float
+) -> torch.Tensor:
+    """The sum that a norm would begin with, for whoever wants it before: the same numbers, the same dropout."""
+    return hidden_states if branch is None else norm(hidden_states, branch, dropout_p)[1]

@@ -1,5 +1,7 @@
 """Activation, gate and dropout of the feed-forward layer in one pass, recomputed in backward."""
 
+import math
+
 import torch
 from torch.nn import functional as F
 
@@ -75,8 +77,10 @@ def reference_gated_act(
 
 
 def _activate(x: torch.Tensor, act: int) -> torch.Tensor:
-    if act < 2:
-        return F.gelu(x, approximate="none" if act else "tanh")
+    if act == 0:  # step by step as `gelu_new` of transformers, so that T5 rounds as stock T5 does
+        return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0))))
+    if act == 1:
+        return F.gelu(x)
     return F.relu(x) if act == 2 else F.silu(x)
 
 

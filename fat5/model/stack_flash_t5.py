@@ -130,7 +130,8 @@ class FlashT5Stack(nn.Module):
         branch = bias = cross_bias = None
         for block in self.block:
             if output_hidden_states:
-                hidden_states, branch = add_branch(hidden_states, branch, self.dropout), None
+                dropout_p = dropout_probability(self.dropout)
+                hidden_states, branch = add_branch(hidden_states, branch, self.final_layer_norm, dropout_p), None
                 all_hidden_states.append(hidden_states.to(inputs_embeds.dtype))
             hidden_states, branch, bias, cross_bias, weights, cross_weights = block(
                 hidden_states,

@@ -30,6 +30,11 @@ def test_in_the_interpreter():
     run_interpreted(__file__)
 
 
+@pytest.mark.slow
+def test_the_long_ones_in_the_interpreter():
+    run_interpreted(__file__, "slow")
+
+
 FAMILY = "t5" if SHAPE is SMALL else "t5_v1_1"
 """At real size some inner value lies so near to relu's kink that rounding decides about its whole gradient."""
 
@@ -139,8 +144,11 @@ CASES = {  # kind of batch: attentions on the kernels, of two in the encoder, on
 }
 
 
+LONG = ("none", "left", "segments", "decoder_holes")
+
+
 @needs_kernels
-@pytest.mark.parametrize("kind", CASES)
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind in LONG)) for kind in CASES])
 def test_logits_and_gradients(kind, paths):
     eager, fused = pair(num_decoder_layers=1)
     inputs = inputs_of(kind)
@@ -157,7 +165,7 @@ def test_a_table_for_each_layer(paths):
 
 
 @needs_kernels
-@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("reentrant", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_gradient_checkpointing(reentrant):
     eager, fused = pair(num_layers=2, num_decoder_layers=1)
     fused.train()
@@ -197,7 +205,7 @@ def test_dropout_in_training_only(monkeypatch):
 
 
 @needs_kernels
-@pytest.mark.parametrize(("family", "kind"), [("t5", "left"), ("umt5", "right")])
+@pytest.mark.parametrize(("family", "kind"), [("t5", "left"), pytest.param("umt5", "right", marks=pytest.mark.slow)])
 def test_greedy_decoding(family, kind, paths):
     eager, fused = pair(family)
     inputs = inputs_of(kind)
@@ -212,6 +220,7 @@ def test_greedy_decoding(family, kind, paths):
 
 
 @needs_kernels
+@pytest.mark.slow
 def test_decoder_prompt_with_padding_on_the_left():
     eager, fused = pair()
     inputs = inputs_of("left")
@@ -249,7 +258,7 @@ def test_attention_weights_come_from_eager(paths):
 
 
 @needs_kernels
-@pytest.mark.parametrize("kind", ["none", "right"])
+@pytest.mark.parametrize("kind", [pytest.param("none", marks=pytest.mark.slow), "right"])
 def test_compiles_to_one_graph(kind, paths):
     eager, fused = pair(num_layers=1)
     inputs = inputs_of(kind)
@@ -259,7 +268,7 @@ def test_compiles_to_one_graph(kind, paths):
 
 
 @needs_kernels
-@pytest.mark.parametrize("kind", ["right", "left"])
+@pytest.mark.parametrize("kind", ["right", pytest.param("left", marks=pytest.mark.slow)])
 def test_rows_of_nothing_but_padding(kind):
     eager, fused = pair(num_layers=1)
     inputs = inputs_of(kind)

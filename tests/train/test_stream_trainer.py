@@ -100,11 +100,12 @@ def test_a_killed_run_goes_on_with_the_next_batch(toy, tmp_path, batches, kind, 
     assert not (tmp_path / "whole" / "model" / STATE_FILE).exists()
 
 
-def test_a_checkpoint_without_its_place_is_refused(toy, tmp_path):
+def test_a_checkpoint_with_a_damaged_place_is_refused(toy, tmp_path):
     arguments = settings(toy, tmp_path, tmp_path / "out", "files", training__steps=4)
     assert run(arguments).exit_code == 0
     shutil.rmtree(tmp_path / "out" / "checkpoints" / "checkpoint-4")
-    (tmp_path / "out" / "checkpoints" / "checkpoint-2" / STATE_FILE).unlink()
+    place = tmp_path / "out" / "checkpoints" / "checkpoint-2" / STATE_FILE
+    place.write_text("?" * place.stat().st_size)
     result = run(arguments)
     assert result.exit_code == 1
     assert f"checkpoint-2/{STATE_FILE}, which tells the place in the streamed corpora" in result.output
