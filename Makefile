@@ -19,7 +19,7 @@ quickstart: install ## Convert, verify, continue pretraining, export back: the w
 	$(BIN)/python recipes/quickstart.py
 
 # tests/ops has a process of its own: Triton's interpreter is chosen when the kernels are imported.
-test: install ## Run the tests (under 15 minutes on 2 cores)
+test: install ## Run the tests (a quarter of an hour on 2 cores)
 	$(BIN)/python -m pytest -m 'not slow and not versions' -n 2 --dist worksteal --ignore tests/ops
 	$(BIN)/python -m pytest -m 'not slow and not versions' -n 2 --dist worksteal tests/ops
 

@@ -93,7 +93,7 @@ def assert_near(actual, expected, tolerance=2e-5 if INTERPRETED else 1e-3):
     ("family", "kind"),
     [
         ("t5", "right"),
-        ("umt5", "left"),
+        pytest.param("umt5", "left", marks=pytest.mark.slow),
         *(pytest.param("t5", kind, marks=pytest.mark.slow) for kind in ("none", "left", "holes")),
         pytest.param("mt5", "right", marks=pytest.mark.slow),
     ],

@@ -158,6 +158,7 @@ def test_logits_and_gradients(kind, paths):
 
 
 @needs_kernels
+@pytest.mark.slow
 def test_a_table_for_each_layer(paths):
     eager, fused = pair("umt5", num_decoder_layers=1)
     assert_same(fused, eager, inputs_of("right"))

@@ -50,6 +50,7 @@ def test_a_run_with_bf16_weights_resumes_bit_by_bit(toy, tmp_path, precision):
     assert not torch.equal(weights["lm_head.weight"], before["lm_head.weight"].bfloat16())
 
 
+@pytest.mark.slow
 def test_a_wsd_run_is_extended_from_before_its_decay_as_if_it_had_been_longer(toy, tmp_path):
     changes = QUICK | {
         "training__schedule": "wsd",

@@ -76,7 +76,11 @@ def log(folder):
 
 @pytest.mark.parametrize(
     ("kind", "packing"),
-    [pytest.param("files", "none", marks=pytest.mark.slow), ("dataset", "segments"), ("both", "stream")],
+    [
+        pytest.param("files", "none", marks=pytest.mark.slow),
+        pytest.param("dataset", "segments", marks=pytest.mark.slow),
+        ("both", "stream"),
+    ],
 )
 def test_a_killed_run_goes_on_with_the_next_batch(toy, tmp_path, batches, kind, packing):
     make = {"data__packing": packing}
