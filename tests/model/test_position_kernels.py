@@ -40,4 +40,11 @@ def test_a_model_equals_itself_on_eager(kind, packed):
     for name, weight in results["eager"][1].items():
         if weight.requires_grad and not name.endswith("mlp.2.bias"):  # whose gradient is zero: it shifts all scores
             assert torch.isfinite(weight.grad).all()
-            assert relative_error(results["fat5"][1][name].grad, weight.grad) < GRADIENTS, name
+            error = (results["fat5"][1][name].grad - weight.grad).abs().max()
+            assert error < GRADIENTS * gradient_scale(name, results["eager"][1]), name
+
+
+def gradient_scale(name, weights):
+    """Largest entry of a weight's gradient; of its module's for a scalar, which sums scores that nearly cancel."""
+    beside = [name] if weights[name].ndim else [other for other in weights if other.startswith(name.rpartition(".")[0])]
+    return max(weights[other].grad.abs().max() for other in beside if weights[other].requires_grad)
