@@ -29,7 +29,8 @@ from fat5convert.precision import CONVERTIBLE, Form, kept_dtype, short_name
 from fat5convert.probe import DECODER_LENGTHS, ENCODER_LENGTHS, Outputs, Probe, make_probe, run_probe
 from fat5convert.recognise import Recognised
 from fat5convert.source import Checkpoint, local
-from fat5convert.stock_models import Weights, stock_class, streamed, streamed_stock
+from fat5convert.stock_models import Weights, stock_class, streamed_stock
+from fat5convert.streaming import streamed
 
 # Largest error relative to the largest value compared with.
 BOUNDS = {"eager": 1e-5, "sdpa": 1e-4}

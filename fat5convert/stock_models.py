@@ -1,7 +1,6 @@
 """The stock `transformers` model that a FAT5 model corresponds to: its class, its config, and its weights as a mapping.
 
-A model is run by streaming where it is too large for memory, or where stock cannot read the file: it is built without
-weights, and accelerate's hooks fetch each layer's from the file as it is called and drop them after.
+It is run by streaming where it is too large for memory, or where stock cannot read the file.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from accelerate.hooks import attach_align_device_hook
 from transformers import (
     MT5Config,
     MT5EncoderModel,
@@ -29,6 +27,7 @@ from fat5.model import FlashT5Config
 from fat5convert.precision import Form
 from fat5convert.recognise import Recognised
 from fat5convert.source import Checkpoint
+from fat5convert.streaming import streamed
 
 STOCK_CLASSES: dict[str, type[PreTrainedModel]] = {
     "t5": T5ForConditionalGeneration,
@@ -136,31 +135,3 @@ def streamed_stock(recognised: Recognised, weights: Mapping[str, torch.Tensor]) 
     fields = stock_config(config, recognised.model_type, layout.tied, layout.encoder_only)
     stock = _CONFIG_CLASSES[recognised.model_type].from_dict(fields)
     return streamed(stock_class(recognised.model_type, layout.encoder_only), stock, weights, "eager", torch.float32)
-
-
-def streamed(
-    model_class: type[PreTrainedModel],
-    config: PreTrainedConfig,
-    weights: Mapping[str, torch.Tensor],
-    implementation: str,
-    dtype: torch.dtype,
-) -> Any:
-    """A model that holds no weights: each layer fetches its own as it is called, and drops them after.
-
-    Args:
-        model_class: of the model.
-        config: its configuration.
-        weights: name -> values, of any dtype.
-        implementation: of attention.
-        dtype: of the model.
-    """
-    config._attn_implementation = implementation
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device("meta"):
-            model: Any = model_class(config).eval()
-    finally:
-        torch.set_default_dtype(before)
-    attach_align_device_hook(model, execution_device=torch.device("cpu"), offload=True, weights_map=weights)
-    return model
