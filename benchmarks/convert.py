@@ -28,8 +28,9 @@ from typing import Any
 import torch
 
 from fat5convert.formats import TensorInfo, open_weights
-from fat5convert.keymap import Layout, expand
+from fat5convert.keymap import expand
 from fat5convert.known_configs import KNOWN_CONFIGS
+from fat5convert.layout import Layout
 from fat5convert.precision import Form
 from fat5convert.writer import Item, write_weights
 

@@ -269,7 +269,7 @@ def _say_plan(plan: Plan, rounding: dict[str, dict[str, float]]) -> None:
     """The first two lines of the summary: what it was, and what became of its tensors."""
     recognised, rescaling = plan.recognised, plan.rescaling
     head = f", head {'tied' if recognised.layout.tied else 'untied'}, {'scaled' if recognised.scaled else 'unscaled'}"
-    if recognised.layout.encoder_only:
+    if not recognised.layout.is_language_model:
         head = ""
     click.echo(f"{plan.checkpoint.location.label}: {recognised.title}, {plan.parameters:,} parameters{head}")
     line = f"{len(plan.outputs)} tensors mapped, dtype {plan.dtype}"
@@ -298,7 +298,7 @@ def _parity_line(parity: dict[str, Any]) -> str:
         return line
     key = "encoder_error" if models["compared"] == "encoder states" else "logits_error"
     errors = ", ".join(f"{m['attn_implementation']} {m[key]:.1e}" for m in models["implementations"])
-    greedy = "" if key == "encoder_error" else ", greedy tokens identical"
+    greedy = ", greedy tokens identical" if models["compared"] == "logits" else ""
     rounding = models["rounding"]
     lost = f"; rounding moves {models['compared']} by {rounding[key]:.1e}" if rounding else ""
     return f"{line}, {models['compared']} within {errors} of stock{greedy}{lost}"

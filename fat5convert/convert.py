@@ -156,7 +156,8 @@ def _write(plan: Plan, folder: Path, shard_size: int, advance: Advance) -> dict[
     if overflows and plan.dtype == "float16":
         raise ConvertError(f"float16 cannot hold the values of {', '.join(overflows)}. Use bfloat16.")
 
-    write_config(folder, plan.config, plan.outputs, checkpoint.config, keep=plan.dtype == "keep")
+    keep = plan.dtype == "keep"
+    write_config(folder, plan.config, recognised.layout, plan.outputs, checkpoint.config, keep)
     write_side_files(folder, checkpoint, recognised)
     modules = carry_modules(checkpoint.folder, folder) if checkpoint.location.file is None else {}
     copy_runtime_files(folder)

@@ -15,8 +15,10 @@ from fat5.model import FlashT5Config
 from fat5convert import keymap
 from fat5convert.errors import ConvertError
 from fat5convert.families import FAMILIES
+from fat5convert.heads import read_head
 from fat5convert.json_files import read_json, write_json
-from fat5convert.keymap import Layout, Pair
+from fat5convert.keymap import Pair
+from fat5convert.layout import Layout
 from fat5convert.precision import Form, short_name
 from fat5convert.rescaling import Rescaling
 from fat5convert.sentence_modules import carry_modules
@@ -70,10 +72,8 @@ def export(
     checkpoint = Checkpoint(local(folder))
     config = _read_config(checkpoint)
     provenance = read_json(folder / "conversion.json") if (folder / "conversion.json").is_file() else {}
-    encoder_only = not any(name.startswith("decoder.") for name in checkpoint.tensors)
-    tied = "lm_head.weight" not in checkpoint.tensors
-    layout = _layout(config, tied, encoder_only)
     try:
+        layout = _layout(config, checkpoint)
         pairs = keymap.expand(layout, len(checkpoint.tensors))
         keymap.check({pair.fat5: pair.shape for pair in pairs}, checkpoint.tensors)
     except ConvertError as error:
@@ -84,11 +84,12 @@ def export(
     model_type = _model_type(config, provenance)
     sources = {pair.t5: pair.fat5 for pair in pairs}
     forms = {pair.t5: _form(checkpoint, pair, layout, rescaling, config.softmax_scale) for pair in pairs}
-    raw = _carried(provenance) | stock_config(config, model_type, tied, encoder_only)
-    if not raw["tie_word_embeddings"] and not encoder_only:
+    raw = _carried(provenance) | stock_config(config, model_type, layout)
+    shared = f"{layout.stock_prefix}shared.weight"
+    if layout.is_language_model and not raw["tie_word_embeddings"]:
         sources.setdefault("lm_head.weight", "shared.weight")
-        forms.setdefault("lm_head.weight", forms["shared.weight"])
-    dtype = short_name(forms["shared.weight"].dtype)
+        forms.setdefault("lm_head.weight", forms[shared])
+    dtype = short_name(forms[shared].dtype)
     if transformers != 4:
         raw["dtype"] = dtype
     if transformers != 5:
@@ -107,7 +108,7 @@ def export(
             shutil.copyfile(path, staging / path.name)
         carry_modules(folder, staging)
     leftovers = {name: why for name, why in provenance.get("leftovers", {}).items() if name not in sources}
-    return Exported(model_type, len(items), nbytes, leftovers, _warnings(config, model_type, tied, encoder_only))
+    return Exported(model_type, len(items), nbytes, leftovers, _warnings(config, model_type, layout))
 
 
 def _form(checkpoint: Checkpoint, pair: Pair, layout: Layout, rescaling: Rescaling, scale: float) -> Form:
@@ -134,7 +135,12 @@ def _read_config(checkpoint: Checkpoint) -> FlashT5Config:
     return config
 
 
-def _layout(config: FlashT5Config, tied: bool, encoder_only: bool) -> Layout:
+def _layout(config: FlashT5Config, checkpoint: Checkpoint) -> Layout:
+    names = checkpoint.tensors
+    head, _ = read_head(checkpoint.config, names)
+    encoder_only = not any(name.startswith("decoder.") for name in names)
+    if head and head.reads_decoder and (encoder_only or not config.head_reads_decoder):
+        raise ConvertError(f"its head for {head.title} reads the encoder, and that of stock T5 the decoder")
     return Layout(
         vocab_size=config.vocab_size,
         d_model=config.d_model,
@@ -146,8 +152,10 @@ def _layout(config: FlashT5Config, tied: bool, encoder_only: bool) -> Layout:
         num_buckets=config.relative_attention_num_buckets,
         gated=config.is_gated_act,
         per_layer_bias=config.relative_attention_per_layer,
-        tied=tied,
+        tied="lm_head.weight" not in names,
         encoder_only=encoder_only,
+        head=head,
+        num_labels=len(config.id2label or {}),
     )
 
 
@@ -168,15 +176,15 @@ def _carried(provenance: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in source.items() if key not in derived}
 
 
-def _warnings(config: FlashT5Config, model_type: str, tied: bool, encoder_only: bool) -> list[str]:
+def _warnings(config: FlashT5Config, model_type: str, layout: Layout) -> list[str]:
     warnings: list[str] = []
-    if encoder_only:
+    if not layout.is_language_model:
         return warnings
     if model_type == "umt5" and not config.scale_decoder_outputs:
         warnings.append(
             f"stock umT5 in transformers 5 multiplies its logits by d_model**-0.5 = {config.d_model**-0.5:.4g}; "
             "this model was not trained so: greedy tokens agree, but probabilities, losses and beams do not"
         )
-    if config.scale_decoder_outputs and not tied:
+    if config.scale_decoder_outputs and not layout.tied:
         warnings.append("an untied head with scaled decoder outputs: transformers 5 loads it rightly, 4 does not scale")
     return warnings

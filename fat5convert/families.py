@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from fat5convert.layout import Layout
+
 
 class Family(NamedTuple):
     """A supported `model_type`, with what its stock config class assumes when the file is silent."""
@@ -69,7 +71,7 @@ VARIANTS: tuple[Variant, ...] = (
         "FAT5",
         "flash_t5",
         "CATIE-AQ/FAT5",
-        "published FAT5 with T5 positions; its code files are replaced",
+        "published FAT5, but not with RoPE; its code files are replaced",
     ),
 )
 
@@ -97,7 +99,7 @@ REFUSED: dict[str, str] = {
 FAT5_ALREADY = "this is a FAT5 model already (`fat5convert export` leads back to a stock T5)"
 
 
-def title(model_type: str, raw: Mapping[str, Any], encoder_only: bool) -> str:
+def title(model_type: str, raw: Mapping[str, Any], layout: Layout) -> str:
     """Name of the variant that a config describes, for people."""
 
     def bears(marks: Mapping[str, Any]) -> bool:
@@ -107,7 +109,9 @@ def title(model_type: str, raw: Mapping[str, Any], encoder_only: bool) -> str:
     # Any other gate is v1.1's as well.
     if name == "T5 v1.0" and str(raw.get("feed_forward_proj")).startswith("gated-"):
         name = "T5 v1.1"
-    return f"{name} encoder" if encoder_only else name
+    if layout.head is not None:
+        return f"{name} for {layout.head.title}"
+    return f"{name} encoder" if layout.encoder_only else name
 
 
 def family_table() -> str:

@@ -10,22 +10,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from fat5convert.errors import ConvertError
 from fat5convert.formats import TensorInfo
+from fat5convert.heads import Task
+from fat5convert.layout import Layout, Where
 
-Where = Literal["always", "untied", "gated", "plain", "bias"]
 Column = Literal["t5", "fat5", "wan"]
 
 
 class Row(NamedTuple):
-    """One kind of tensor. `{s}` stands for encoder and decoder, `{n}` for the layer; shapes name config sizes."""
+    """One kind of tensor. `{s}` stands for encoder and decoder, `{n}` for the layer; shapes name sizes of a layout."""
 
     t5: str
     fat5: str
-    shape: tuple[str, ...]
+    shape: tuple[str | int, ...]
     where: Where = "always"
+
+    @property
+    def is_head(self) -> bool:
+        """Whether it belongs to a head other than the language model's: in stock files no prefix goes before it."""
+        return self.where in get_args(Task)
 
 
 _T5_SELF, _FAT5_SELF = "{s}.block.{n}.layer.0", "{s}.block.{n}.self_attention_layer"
@@ -34,14 +40,33 @@ _T5_FF, _FAT5_FF = "{s}.block.{n}.layer.{ff}", "{s}.block.{n}.ff_layer"
 _T5_BIAS = "SelfAttention.relative_attention_bias.weight"
 _FAT5_BIAS = "self_attention.pe_encoding.relative_attention_bias.weight"
 
-TABLE: tuple[Row, ...] = (
-    Row("shared.weight", "shared.weight", ("vocab_size", "d_model")),
+
+def _fire(name: str, *shape: str | int) -> Row:
+    """A parameter of FIRE, which stock T5 does not have: its T5 name is that in the oracle of `published_bias`."""
+    t5, fat5 = f"{_T5_SELF}.SelfAttention.relative_attention_bias", f"{_FAT5_SELF}.self_attention.pe_encoding"
+    return Row(f"{t5}.{name}", f"{fat5}.{name}", shape, "FIRE")
+
+
+def _head(name: str, task: Task, *shape: str | int) -> Row:
+    """A parameter of a head other than the language model's."""
+    return Row(name, name, shape, task)
+
+
+EMBEDDING = Row("shared.weight", "shared.weight", ("vocab_size", "d_model"))
+STACKS: tuple[Row, ...] = (
     # Self-attention of both stacks.
     Row(f"{_T5_SELF}.SelfAttention.q.weight", f"{_FAT5_SELF}.self_attention.Wq.weight", ("inner_dim", "d_model")),
     Row(f"{_T5_SELF}.SelfAttention.k.weight", f"{_FAT5_SELF}.self_attention.Wk.weight", ("inner_dim", "d_model")),
     Row(f"{_T5_SELF}.SelfAttention.v.weight", f"{_FAT5_SELF}.self_attention.Wv.weight", ("inner_dim", "d_model")),
     Row(f"{_T5_SELF}.SelfAttention.o.weight", f"{_FAT5_SELF}.self_attention.o.weight", ("d_model", "inner_dim")),
     Row(f"{_T5_SELF}.{_T5_BIAS}", f"{_FAT5_SELF}.{_FAT5_BIAS}", ("num_buckets", "num_heads"), "bias"),
+    _fire("mlp.0.weight", "fire_mlp_width", 1),
+    _fire("mlp.0.bias", "fire_mlp_width"),
+    _fire("mlp.2.weight", "num_heads", "fire_mlp_width"),
+    _fire("mlp.2.bias", "num_heads"),
+    _fire("c"),
+    _fire("init_L"),
+    _fire("L_multiplier"),
     Row(f"{_T5_SELF}.layer_norm.weight", f"{_FAT5_SELF}.layer_norm.weight", ("d_model",)),
     # Cross-attention of the decoder.
     Row(f"{_T5_CROSS}.EncDecAttention.q.weight", f"{_FAT5_CROSS}.cross_attention.Wq.weight", ("inner_dim", "d_model")),
@@ -56,12 +81,22 @@ TABLE: tuple[Row, ...] = (
     Row(f"{_T5_FF}.DenseReluDense.wo.weight", f"{_FAT5_FF}.wo.weight", ("d_model", "d_ff")),
     Row(f"{_T5_FF}.layer_norm.weight", f"{_FAT5_FF}.layer_norm.weight", ("d_model",)),
     Row("{s}.final_layer_norm.weight", "{s}.final_layer_norm.weight", ("d_model",)),
-    Row("lm_head.weight", "lm_head.weight", ("vocab_size", "d_model"), "untied"),
 )  # fmt: skip
+LM_HEAD = Row("lm_head.weight", "lm_head.weight", ("vocab_size", "d_model"), "untied")
+TASK_HEADS: tuple[Row, ...] = (
+    _head("classification_head.dense.weight", "SequenceClassification", "d_model", "d_model"),
+    _head("classification_head.dense.bias", "SequenceClassification", "d_model"),
+    _head("classification_head.out_proj.weight", "SequenceClassification", "num_labels", "d_model"),
+    _head("classification_head.out_proj.bias", "SequenceClassification", "num_labels"),
+    _head("classifier.weight", "TokenClassification", "num_labels", "d_model"),
+    _head("classifier.bias", "TokenClassification", "num_labels"),
+    _head("qa_outputs.weight", "QuestionAnswering", "num_labels", "d_model"),
+    _head("qa_outputs.bias", "QuestionAnswering", "num_labels"),
+)
 
 # T5 name -> Wan name: an encoder with a bias per layer and a gated feed-forward.
 _WAN: dict[str, str] = {
-    "shared.weight": "token_embedding.weight",
+    EMBEDDING.t5: "token_embedding.weight",
     f"{_T5_SELF}.SelfAttention.q.weight": "blocks.{n}.attn.q.weight",
     f"{_T5_SELF}.SelfAttention.k.weight": "blocks.{n}.attn.k.weight",
     f"{_T5_SELF}.SelfAttention.v.weight": "blocks.{n}.attn.v.weight",
@@ -78,34 +113,39 @@ _WAN: dict[str, str] = {
 
 @dataclass(frozen=True)
 class Naming:
-    """A form in which files carry the tensors of the table: a column of it, behind a prefix."""
+    """A form in which files carry the tensors of the table: a column of it, behind a prefix.
+
+    `in_company`: what lies outside the prefix is other parts of a larger model.
+    """
 
     title: str
     column: Column
     prefix: str = ""
+    in_company: bool = False
 
     def name(self, row: Row, **values: object) -> str:
         """The name in such a file of a row's tensor, with the row's placeholders filled by `values`."""
         template = {"t5": row.t5, "fat5": row.fat5, "wan": _WAN.get(row.t5, row.t5)}[self.column]
-        return self.prefix + template.format(**values)
+        return template if row.is_head else self.prefix + template.format(**values)
 
     @property
     def embeddings(self) -> tuple[str, ...]:
         """Where such a file may hold the embedding; the first that it has stands for `shared.weight`."""
         copies = () if self.column == "wan" else ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
-        return (self.name(TABLE[0]), *(self.prefix + copy for copy in copies))
+        return (self.name(EMBEDDING), *(self.prefix + copy for copy in copies))
 
     @property
     def marker(self) -> str:
         """A tensor that every such file has and no other."""
-        return self.name(TABLE[1], s="encoder", n=0)
+        return self.name(STACKS[0], s="encoder", n=0)
 
 
 STOCK = Naming("transformers", "t5")
 NAMINGS: tuple[Naming, ...] = (
     STOCK,
-    Naming("an image model's single file", "t5", "text_encoders.t5xxl.transformer."),
-    Naming("a video model's single file", "t5", "text_encoders.umt5xxl.transformer."),
+    Naming("transformers, the model behind a prefix", "t5", "transformer."),
+    Naming("an image model's single file", "t5", "text_encoders.t5xxl.transformer.", in_company=True),
+    Naming("a video model's single file", "t5", "text_encoders.umt5xxl.transformer.", in_company=True),
     Naming("Wan's text encoder", "wan"),
     Naming("published FAT5", "fat5"),
 )
@@ -133,35 +173,6 @@ LEFTOVERS: tuple[Leftover, ...] = (
 
 
 @dataclass(frozen=True)
-class Layout:
-    """The sizes and choices of a model that decide which tensors it has, and their shapes."""
-
-    vocab_size: int
-    d_model: int
-    d_kv: int
-    d_ff: int
-    num_layers: int
-    num_decoder_layers: int
-    num_heads: int
-    num_buckets: int
-    gated: bool
-    per_layer_bias: bool
-    tied: bool
-    encoder_only: bool = False
-
-    @property
-    def inner_dim(self) -> int:
-        """Width of the heads together; need not be d_model."""
-        return self.num_heads * self.d_kv
-
-    def has(self, where: Where, layer: int) -> bool:
-        """Whether a model of this layout has the tensors of such a row in this layer."""
-        if where == "bias":
-            return layer == 0 or self.per_layer_bias
-        return {"always": True, "untied": not self.tied, "gated": self.gated, "plain": not self.gated}[where]
-
-
-@dataclass(frozen=True)
 class Pair:
     """One tensor under all its names: in the file at hand, in stock T5 and in FAT5."""
 
@@ -186,10 +197,9 @@ def expand(layout: Layout, tensors: int, naming: Naming = STOCK) -> list[Pair]:
     if sum(depths.values()) > tensors:
         stated = f"num_layers {layout.num_layers}, num_decoder_layers {layout.num_decoder_layers}"
         raise ConvertError(f"{stated}: more layers than the file has tensors ({tensors})")
-    shared, *inner, head = TABLE
-    pairs = _fill(shared, layout, naming, "", 0)
+    pairs = _fill(EMBEDDING, layout, naming, "", 0)
     for stack, depth in depths.items():
-        rows = [row for row in inner if "{s}" in row.t5 or row.t5.startswith(stack)]
+        rows = [row for row in STACKS if "{s}" in row.t5 or row.t5.startswith(stack)]
         for layer in range(depth):
             for row in rows:
                 if "{n}" in row.t5:
@@ -197,15 +207,18 @@ def expand(layout: Layout, tensors: int, naming: Naming = STOCK) -> list[Pair]:
         for row in rows:
             if "{n}" not in row.t5:
                 pairs += _fill(row, layout, naming, stack, 0)
-    return pairs if layout.encoder_only else pairs + _fill(head, layout, naming, "", 0)
+    for row in (LM_HEAD, *TASK_HEADS):
+        pairs += _fill(row, layout, naming, "", 0)
+    return pairs
 
 
 def _fill(row: Row, layout: Layout, naming: Naming, stack: str, layer: int) -> list[Pair]:
     if not layout.has(row.where, layer):
         return []
     values = {"s": stack, "n": layer, "ff": 1 if stack == "encoder" else 2}
-    shape = tuple(getattr(layout, size) for size in row.shape)
-    return [Pair(naming.name(row, **values), row.t5.format(**values), row.fat5.format(**values), shape)]
+    shape = tuple(size if isinstance(size, int) else getattr(layout, size) for size in row.shape)
+    t5 = ("" if row.is_head else layout.stock_prefix) + row.t5.format(**values)
+    return [Pair(naming.name(row, **values), t5, row.fat5.format(**values), shape)]
 
 
 def check(

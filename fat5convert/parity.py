@@ -1,6 +1,7 @@
 """Run stock `transformers` and the converted model on the same fixed probes, and compare what they compute.
 
-Both run in fp32 on the CPU. The oracle is stock T5, eager. For umT5 it is stock's decoder states under an unscaled
+Both run in fp32 on the CPU. The oracle is stock T5, eager; for the published FAT5 with other positions than T5's, with
+its bias replaced (`published_bias`). For umT5 it is stock's decoder states under an unscaled
 head: transformers 5 multiplies umT5's decoder output by d_model**-0.5, which the model was not trained with.
 For a lossy dtype the oracle's weights are rounded first: what then remains is the conversion's own error, held to
 the same bounds; what the rounding itself does is measured and stated beside it, and what the converted model computes
@@ -22,14 +23,14 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import logging
 
-from fat5.model import FlashT5Config, FlashT5EncoderModel, FlashT5ForConditionalGeneration
+from fat5 import model as fat5_model
+from fat5.model import FlashT5Config
 from fat5convert.errors import ConvertError
-from fat5convert.keymap import STOCK
 from fat5convert.precision import CONVERTIBLE, Form, kept_dtype, short_name
 from fat5convert.probe import DECODER_LENGTHS, ENCODER_LENGTHS, Outputs, Probe, make_probe, run_probe
 from fat5convert.recognise import Recognised
 from fat5convert.source import Checkpoint, local
-from fat5convert.stock_models import Weights, stock_class, streamed_stock
+from fat5convert.stock_models import Weights, class_name, stock_class, streamed_stock
 from fat5convert.streaming import streamed
 
 # Largest error relative to the largest value compared with.
@@ -60,10 +61,10 @@ def compare_models(
 class _Comparison:
     def __init__(self, folder: Path, checkpoint: Checkpoint, recognised: Recognised, forms: Mapping[str, Form]) -> None:
         self.folder, self.checkpoint, self.recognised, self.forms = folder, checkpoint, recognised, forms
-        self.encoder_only = recognised.layout.encoder_only
+        self.layout = recognised.layout
         parameters = sum(torch.Size(pair.shape).numel() for pair in recognised.pairs)
         self.whole = parameters <= WHOLE_PARAMETERS
-        self.probe: Probe = make_probe(recognised.config)
+        self.probe: Probe = make_probe(recognised.config, self.layout)
         self.differences: list[str] = []
         config = recognised.config
         self.generation = GenerationConfig(
@@ -92,7 +93,7 @@ class _Comparison:
         probes = {"encoder_lengths": list(ENCODER_LENGTHS), "decoder_lengths": list(DECODER_LENGTHS)}
         figures = {
             "method": "whole" if self.whole else "layer-streamed",
-            "compared": "encoder states" if self.encoder_only else "logits",
+            "compared": self._compared(),
             "probes": probes,
             "implementations": results,
             "rounding": rounding,
@@ -100,11 +101,18 @@ class _Comparison:
         }
         return figures, self.differences
 
+    def _compared(self) -> str:
+        if self.layout.head:
+            return f"logits of {self.layout.head.title}"
+        return "encoder states" if self.layout.encoder_only else "logits"
+
     def _stock(self, forms: Mapping[str, Form] | None) -> Any:
         """The oracle, in fp32; with forms, its weights are the values that those stand for."""
         weights = Weights(self.checkpoint, self.recognised, forms)
         dtypes = {self.checkpoint.tensors[pair.source].dtype for pair in self.recognised.pairs}
-        readable = self.recognised.naming is STOCK and self.checkpoint.location.file is None
+        naming = self.recognised.naming
+        stock_names = naming.column == "t5" and naming.prefix == self.layout.stock_prefix
+        readable = stock_names and self.checkpoint.location.file is None
         if not (self.whole and readable and dtypes <= {dtype for dtype in CONVERTIBLE if kept_dtype(dtype) == dtype}):
             return streamed_stock(self.recognised, weights)
         stock = _load_stock(self.checkpoint, self.recognised)
@@ -118,9 +126,7 @@ class _Comparison:
         return stock
 
     def _ours(self, implementation: str, dtype: torch.dtype) -> Any:
-        model_class: type[PreTrainedModel] = (
-            FlashT5EncoderModel if self.encoder_only else FlashT5ForConditionalGeneration
-        )
+        model_class: type[PreTrainedModel] = getattr(fat5_model, class_name("flash_t5", self.layout))
         if self.whole:
             return model_class.from_pretrained(self.folder, dtype=dtype, attn_implementation=implementation).eval()
         config = FlashT5Config.from_pretrained(self.folder)
@@ -128,8 +134,8 @@ class _Comparison:
 
     def _outputs(self, model: Any, oracle: bool = False) -> tuple[Outputs, torch.Tensor | None]:
         unscaled = oracle and self.recognised.model_type == "umt5"
-        outputs = run_probe(model, self.probe, encoder_only=self.encoder_only, unscaled=unscaled, own_loss=self.whole)
-        if outputs.logits is None:
+        outputs = run_probe(model, self.probe, self.layout, unscaled=unscaled, own_loss=self.whole)
+        if outputs.logits is None or not self.layout.is_language_model:
             return outputs, None
         if not self.whole:
             return outputs, outputs.logits.argmax(-1)
@@ -155,11 +161,12 @@ class _Comparison:
         problems = [f"{name} {error:.2e} above {bound:.0e}" for name, error in errors.items() if not error <= bound]
         result: dict[str, Any] = {"attn_implementation": implementation, "bound": bound, **errors}
         if oracle.logits is not None:
+            result["largest_logit"] = float(oracle.logits.abs().max())
+        if oracle.loss is not None:
             identical = self._same_tokens(our_tokens, tokens, oracle, bound)
             if not identical:
                 problems.append("greedy tokens differ")
             result |= {
-                "largest_logit": float(oracle.logits.abs().max()),
                 "loss": ours.loss,
                 "oracle_loss": oracle.loss,
                 "greedy_identical": identical,
@@ -194,7 +201,7 @@ class _Comparison:
     def _in_own_dtype(self, exact: Outputs) -> dict[str, Any]:
         """What the converted model computes when it runs in the dtype that it was converted to."""
         dtype = next(iter(self.forms.values())).dtype
-        ours = run_probe(self._ours("eager", dtype), self.probe, encoder_only=self.encoder_only)
+        ours = run_probe(self._ours("eager", dtype), self.probe, self.layout)
         values = ours.encoder if ours.logits is None else ours.logits
         finite = bool(values.isfinite().all())
         if not finite:
@@ -221,7 +228,7 @@ class _OwnWeights(Mapping[str, torch.Tensor]):
 
 def _load_stock(checkpoint: Checkpoint, recognised: Recognised) -> Any:
     try:
-        stock = stock_class(recognised.model_type, recognised.layout.encoder_only).from_pretrained(
+        stock = stock_class(recognised.model_type, recognised.layout).from_pretrained(
             checkpoint.folder, dtype=torch.float32, attn_implementation="eager"
         )
     except (ValueError, TypeError, OSError, RuntimeError, StrictDataclassError) as error:
@@ -234,13 +241,12 @@ def _errors(ours: Outputs, oracle: Outputs) -> dict[str, float]:
     errors = {"encoder_error": _relative(ours.encoder, oracle.encoder)}
     if ours.logits is None or oracle.logits is None:
         return errors
+    errors = {"logits_error": _relative(ours.logits, oracle.logits), **errors}
+    if ours.loss is None or oracle.loss is None:
+        return errors
     largest = float(oracle.logits.abs().max())
-    return {
-        "logits_error": _relative(ours.logits, oracle.logits),
-        **errors,
-        # A log-probability moves by at most twice what the logits move.
-        "loss_error": abs(ours.loss - oracle.loss) / (2 * largest) if largest else abs(ours.loss),
-    }
+    # A log-probability moves by at most twice what the logits move.
+    return errors | {"loss_error": abs(ours.loss - oracle.loss) / (2 * largest) if largest else abs(ours.loss)}
 
 
 def _relative(ours: torch.Tensor, oracle: torch.Tensor) -> float:

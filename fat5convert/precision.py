@@ -108,7 +108,12 @@ def short_name(dtype: torch.dtype) -> str:
 
 
 def kept_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What a tensor is kept as: its own dtype, but fp8, which no model computes in, as bfloat16, which holds it."""
+    """What a tensor is kept as: its own dtype, but for those that no model computes in.
+
+    Fp8 becomes bfloat16, which holds it, and an integer fp32, which is what it becomes in a product with fp32.
+    """
+    if dtype == torch.int64:
+        return torch.float32
     return torch.bfloat16 if dtype in _FP8 else dtype
 
 

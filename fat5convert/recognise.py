@@ -14,16 +14,13 @@ from fat5convert import keymap
 from fat5convert.errors import ConvertError
 from fat5convert.families import FAMILIES, FAT5_ALREADY, REFUSED, title
 from fat5convert.formats import TensorInfo
-from fat5convert.keymap import LEFTOVERS, NAMINGS, STOCK, TABLE, Layout, Naming, Pair
+from fat5convert.heads import Head, architectures, read_head, read_labels
+from fat5convert.keymap import LEFTOVERS, LM_HEAD, NAMINGS, STOCK, Naming, Pair
+from fat5convert.layout import Layout
 from fat5convert.precision import CONVERTIBLE, short_name
+from fat5convert.published_fat5 import is_published_fat5, read_positions, translate_published
 from fat5convert.source import Checkpoint
-from fat5convert.source_config import (
-    is_published_fat5,
-    read_decoder_start,
-    read_layout,
-    read_scaling,
-    translate_published,
-)
+from fat5convert.source_config import read_decoder_start, read_layout, read_scaling
 
 # What ComfyUI's scaled fp8 files hold beside the weights.
 _FP8_SCALES = ("scaled_fp8", ".scale_weight", ".scale_input", ".weight_scale", ".input_scale")
@@ -48,12 +45,14 @@ class Recognised:
         values: dict[str, Any] = {
             "family": self.title,
             "tensor_names": self.naming.title,
-            "tie_word_embeddings": self.layout.tied,
-            "scale_decoder_outputs": self.scaled,
-            "decoder_start_token_id": self.config["decoder_start_token_id"],
+            "positions": self.layout.positions,
         }
-        if self.layout.encoder_only:
-            del values["tie_word_embeddings"], values["scale_decoder_outputs"], values["decoder_start_token_id"]
+        if self.layout.head:
+            values["head"] = f"{self.layout.head.title}, {self.layout.num_labels} label(s)"
+        if self.layout.is_language_model:
+            values |= {"tie_word_embeddings": self.layout.tied, "scale_decoder_outputs": self.scaled}
+        if not self.layout.encoder_only:
+            values["decoder_start_token_id"] = self.config["decoder_start_token_id"]
         return {name: {"value": value, "reason": self.reasons[name]} for name, value in values.items()}
 
 
@@ -65,21 +64,36 @@ def recognise(checkpoint: Checkpoint) -> Recognised:
     """
     raw, tensors = checkpoint.config, checkpoint.tensors
     try:
-        model_type, family_reason = _model_type(raw, tensors)
-        _refuse_scaled_fp8(tensors)
         naming = next((naming for naming in NAMINGS if naming.marker in tensors), STOCK)
+        model_type, family_reason = _model_type(raw, tensors, naming)
+        _refuse_scaled_fp8(tensors)
         published = is_published_fat5(raw)
         fields = translate_published(raw) if published else raw
         layout, config = read_layout(fields, FAMILIES[model_type])
+        positions_reason = f"{FAMILIES[model_type].title} has these"
+        if published:
+            positions = read_positions(raw)
+            config |= positions
+            layout = replace(
+                layout,
+                positions=positions["position_encoding_type"],
+                fire_mlp_width=positions.get("fire_mlp_width", 0),
+            )
+            positions_reason = f"config.json has position_encoding_type {raw.get('position_encoding_type', 't5')!r}"
         start, start_reason = read_decoder_start(fields)
         scaled, scaled_reason = read_scaling(fields, FAMILIES[model_type])
-        layout = replace(layout, encoder_only=_is_encoder_only(raw, tensors, naming))
+        head, head_reason = read_head(raw, tensors)
+        layout = replace(layout, head=head, encoder_only=_is_encoder_only(raw, tensors, naming, head))
+        if head:
+            labels = _read_head_fields(raw, config, head)
+            layout = replace(layout, num_labels=len(labels["id2label"]))
+            config |= labels
         embedding = next((name for name in naming.embeddings if name in tensors), naming.embeddings[0])
         layout, tied_reason = _tying(checkpoint, layout, naming, embedding)
         pairs = keymap.expand(layout, len(tensors), naming)
         pairs[0] = replace(pairs[0], source=embedding)
         leftovers = _leftovers(checkpoint, pairs, naming)
-        inside = {name: info for name, info in tensors.items() if name.startswith(naming.prefix)}
+        inside = {name: info for name, info in tensors.items() if _is_inside(name, naming)}
         keymap.check({pair.source: pair.shape for pair in pairs}, inside, tuple(leftovers))
         config |= {
             "tie_word_embeddings": layout.tied,
@@ -95,15 +109,17 @@ def recognise(checkpoint: Checkpoint) -> Recognised:
     reasons = {
         "family": family_reason,
         "tensor_names": f"the file has {naming.marker}",
+        "positions": positions_reason,
+        "head": head_reason,
         "tie_word_embeddings": tied_reason,
         "scale_decoder_outputs": scaled_reason,
         "decoder_start_token_id": start_reason,
     }
-    name = "FAT5" if published else title(model_type, raw, layout.encoder_only)
+    name = "FAT5" if published else title(model_type, raw, layout)
     return Recognised(model_type, name, naming, layout, pairs, config, scaled, reasons, leftovers)
 
 
-def _model_type(raw: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> tuple[str, str]:
+def _model_type(raw: Mapping[str, Any], tensors: Mapping[str, TensorInfo], naming: Naming) -> tuple[str, str]:
     stated = raw.get("model_type")
     if isinstance(stated, str) and stated in REFUSED:
         raise ConvertError(f"model_type {stated!r} is not supported: {REFUSED[stated]}")
@@ -115,29 +131,48 @@ def _model_type(raw: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> tu
         return "t5", "config.json has model_type 'flash_t5' and the fields of the published FAT5"
     if stated is not None:
         raise ConvertError(f"model_type {stated!r} is no T5; supported are {', '.join(FAMILIES)}")
-    if STOCK.marker not in tensors:
+    if naming.column != "t5" or naming.marker not in tensors:
         raise ConvertError("has no model_type, and the tensors are not those of any T5")
-    if "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight" in tensors:
+    if f"{naming.prefix}encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight" in tensors:
         return "umt5", "config.json has no model_type, every layer has its own position bias"
     return "t5", "config.json has no model_type, one position bias per stack"
 
 
-def _is_encoder_only(raw: Mapping[str, Any], tensors: Iterable[str], naming: Naming) -> bool:
+def _is_encoder_only(raw: Mapping[str, Any], tensors: Iterable[str], naming: Naming, head: Head | None) -> bool:
     """No decoder in the file, and no architecture stated that would have one: else it is an incomplete model."""
     if naming.column == "wan":
         return True
+    if head is not None:
+        return head.task == "TokenClassification"
     copies = {naming.prefix + "decoder.embed_tokens.weight"}
     if any(name.startswith(naming.prefix + "decoder.") and name not in copies for name in tensors):
         return False
-    architectures = raw.get("architectures")
-    stated = architectures if isinstance(architectures, list) else []
-    return all(isinstance(name, str) and "Encoder" in name for name in stated)
+    return all("Encoder" in name for name in architectures(raw))
+
+
+def _read_head_fields(raw: Mapping[str, Any], config: Mapping[str, Any], head: Head) -> dict[str, Any]:
+    """The fields of FlashT5Config that the head of a checkpoint needs."""
+    if is_published_fat5(raw) and head.reads_decoder:
+        raise ConvertError(
+            f"a head for {head.title} on the encoder, as the published FAT5 has it, does not convert: stock T5's "
+            "reads the decoder"
+        )
+    if head.task == "SequenceClassification" and type(config["eos_token_id"]) is not int:
+        raise ConvertError(
+            f"eos_token_id must be one token id, not {config['eos_token_id']!r}: the head reads the state there"
+        )
+    return read_labels(raw, head) | {"head_reads_decoder": head.reads_decoder}
+
+
+def _is_inside(name: str, naming: Naming) -> bool:
+    """Whether a tensor belongs to the T5, or to another part of the larger model that it is in."""
+    return not naming.in_company or name.startswith(naming.prefix)
 
 
 def _tying(checkpoint: Checkpoint, layout: Layout, naming: Naming, embedding: str) -> tuple[Layout, str]:
-    head = naming.name(TABLE[-1])
-    if layout.encoder_only:
-        return replace(layout, tied=True), "an encoder has no head"
+    head = naming.name(LM_HEAD)
+    if not layout.is_language_model:
+        return replace(layout, tied=True), "there is no head over the vocabulary"
     if head not in checkpoint.tensors:
         return replace(layout, tied=True), f"the file has no {head}"
     if embedding in checkpoint.tensors and _same_values(checkpoint, head, embedding):
@@ -152,7 +187,7 @@ def _leftovers(checkpoint: Checkpoint, pairs: list[Pair], naming: Naming) -> dic
     outside: Counter[str] = Counter()
     result = {}
     for name in checkpoint.tensors:
-        if not name.startswith(naming.prefix):
+        if not _is_inside(name, naming):
             outside[name.split(".", 1)[0]] += 1
         elif name in known and name not in used:
             if known[name].copy and not _same_values(checkpoint, name, pairs[0].source):
@@ -184,6 +219,8 @@ def _refuse_scaled_fp8(tensors: Iterable[str]) -> None:
 def _check_dtypes(checkpoint: Checkpoint, pairs: list[Pair]) -> None:
     for pair in pairs:
         dtype = checkpoint.tensors[pair.source].dtype
+        if dtype == torch.int64 and pair.t5.endswith(".init_L"):  # the published FIRE makes it from an integer
+            continue
         if dtype not in CONVERTIBLE:
             supported = ", ".join(short_name(item) for item in CONVERTIBLE)
             raise ConvertError(

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from fat5convert.errors import ConvertError
-from fat5convert.keymap import Layout
+from fat5convert.layout import Layout
 from fat5convert.probe import make_probe, run_probe
 from fat5convert.recognise import Recognised
 from fat5convert.source import Checkpoint
@@ -29,6 +29,9 @@ _LARGEST = torch.finfo(torch.float16).max
 # Other inputs than the probe may go further: what can be rescaled keeps this much below the largest fp16 value.
 _HEADROOM = 8
 
+# Modules whose outputs no exponent makes smaller.
+_NOT_RESCALED = ("q", "k", "v", "wi_0", "layer_norm", "final_layer_norm")
+_HEADS = ("lm_head", "dense", "out_proj", "classifier", "qa_outputs")
 _FEED_FORWARD = re.compile(r"(.*)\.DenseReluDense\.(wi|wi_0|wi_1|wo)\.weight")
 
 
@@ -45,9 +48,9 @@ class Rescaling:
         if found:
             j = self.inner.get(found[1], 0)
             return {"wi_0": 0, "wi": -j, "wi_1": -j, "wo": j - self.residual}[found[2]]
-        if t5 == "shared.weight" or t5.endswith("Attention.o.weight"):
+        if t5 == f"{layout.stock_prefix}shared.weight" or t5.endswith("Attention.o.weight"):
             return -self.residual
-        tied = layout.tied and not layout.encoder_only
+        tied = layout.tied and layout.is_language_model
         return self.residual if tied and t5 == "decoder.final_layer_norm.weight" else 0
 
     def adapt(self, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -133,7 +136,7 @@ def _measure(checkpoint: Checkpoint, recognised: Recognised) -> dict[str, dict[s
 
     for name, module in model.named_modules():
         parent, _, last = name.rpartition(".")
-        if re.search(r"\.layer\.\d+$", name) or last in ("o", "embed_tokens") or name == "shared":
+        if re.search(r"\.layer\.\d+$", name) or last in ("o", "embed_tokens", "shared"):
             module.register_forward_hook(watch("residual", name))
         elif last == "wo":
             feed_forward = parent.removesuffix(".DenseReluDense")
@@ -141,11 +144,11 @@ def _measure(checkpoint: Checkpoint, recognised: Recognised) -> dict[str, dict[s
             module.register_forward_hook(watch("residual", name))
         elif last in ("wi", "wi_1"):
             module.register_forward_hook(watch("inner", parent.removesuffix(".DenseReluDense")))
-        elif last in ("q", "k", "v", "wi_0", "layer_norm", "final_layer_norm", "lm_head"):
+        elif last in _NOT_RESCALED + _HEADS:
             module.register_forward_hook(watch("fixed", name))
         if last == "q":
             module.register_forward_hook(remember(parent))
         elif last == "k":
             module.register_forward_hook(scores(parent))
-    run_probe(model, make_probe(recognised.config), encoder_only=recognised.layout.encoder_only)
+    run_probe(model, make_probe(recognised.config, recognised.layout), recognised.layout)
     return largest

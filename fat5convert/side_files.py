@@ -14,9 +14,11 @@ from fat5.model import AUTO_MAP, FlashT5Config
 from fat5convert.families import FAMILIES
 from fat5convert.formats import TensorInfo
 from fat5convert.json_files import read_json, write_json
+from fat5convert.layout import Layout
 from fat5convert.precision import short_name
 from fat5convert.recognise import Recognised
 from fat5convert.source import Checkpoint
+from fat5convert.stock_models import class_name
 
 # Configs written by early releases of transformers also hold what is for generation.
 _GENERATION_KEYS = set(GenerationConfig().to_dict()) - {"transformers_version"}
@@ -24,30 +26,43 @@ _MODEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def write_config(
-    folder: Path, fields: Mapping[str, Any], outputs: Mapping[str, TensorInfo], raw: Mapping[str, Any], keep: bool
+    folder: Path,
+    fields: Mapping[str, Any],
+    layout: Layout,
+    outputs: Mapping[str, TensorInfo],
+    raw: Mapping[str, Any],
+    keep: bool,
 ) -> None:
     """Write config.json.
 
     Args:
         folder: OUT to be.
         fields: of FlashT5Config.
+        layout: which parts the model has.
         outputs: the tensors in OUT.
         raw: the source's config.
         keep: whether the weights keep their dtype, so that the dtype which the source states is still right.
     """
-    encoder_only = not any(name.startswith("decoder.") for name in outputs)
-    auto_map, architecture = AUTO_MAP, "FlashT5ForConditionalGeneration"
-    if encoder_only:
-        architecture = "FlashT5EncoderModel"
-        encoder = AUTO_MAP["AutoModelForTextEncoding"]
-        auto_map = {"AutoConfig": AUTO_MAP["AutoConfig"], "AutoModel": encoder, "AutoModelForTextEncoding": encoder}
-    config = FlashT5Config(**fields, architectures=[architecture])
+    config = FlashT5Config(**fields, architectures=[class_name("flash_t5", layout)])
     stated = raw.get("dtype", raw.get("torch_dtype"))
     if not keep or stated not in [short_name(dtype) for dtype in _MODEL_DTYPES]:
         # The dtype that `from_pretrained` gives the model: the widest in the file.
         stated = short_name(max((info.dtype for info in outputs.values()), key=lambda dtype: torch.finfo(dtype).bits))
-    written = config.to_diff_dict() | dict(fields) | {"auto_map": auto_map, "dtype": stated}
+    written = config.to_diff_dict() | dict(fields) | {"auto_map": _auto_map(layout), "dtype": stated}
     write_json(folder / "config.json", dict(sorted(written.items())))
+
+
+def _auto_map(layout: Layout) -> dict[str, str]:
+    """The auto-classes that find what they load in the file."""
+    if layout.is_language_model:
+        return AUTO_MAP
+    names = ["AutoConfig", "AutoModel", "AutoModelForTextEncoding"]
+    if layout.head:
+        names.append(f"AutoModelFor{layout.head.task}")
+    auto_map = {name: AUTO_MAP[name] for name in names}
+    if layout.encoder_only:
+        auto_map["AutoModel"] = AUTO_MAP["AutoModelForTextEncoding"]
+    return auto_map
 
 
 def write_side_files(folder: Path, checkpoint: Checkpoint, recognised: Recognised) -> None:
@@ -58,7 +73,7 @@ def write_side_files(folder: Path, checkpoint: Checkpoint, recognised: Recognise
     names = {path.name for path in files}
     published = recognised.naming.column == "fat5"  # where pad_token_id -100 is usual
     path = folder / "generation_config.json"
-    if not recognised.layout.encoder_only and (published or path.name not in names):
+    if recognised.layout.is_language_model and (published or path.name not in names):
         settings = {key: value for key, value in raw.items() if key in _GENERATION_KEYS and value is not None}
         settings |= read_json(path) if path.is_file() else {}
         for key in ("decoder_start_token_id", "eos_token_id", "pad_token_id"):

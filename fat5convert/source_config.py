@@ -10,7 +10,7 @@ from typing import Any
 
 from fat5convert.errors import ConvertError
 from fat5convert.families import Family
-from fat5convert.keymap import Layout
+from fat5convert.layout import Layout
 
 ACTIVATIONS = ("relu", "gelu", "gelu_new", "silu", "gated-relu", "gated-gelu", "gated-silu")
 
@@ -25,56 +25,6 @@ _SIZES = {
 }
 _MAX_SIZE = 1 << 31
 
-# Fields of the published FAT5 configs that ours does not have: they tell the one from the other.
-_PUBLISHED_FIELDS = {
-    "use_glu_mlp",
-    "use_gelu_act",
-    "use_flash_attention",
-    "attention_type",
-    "use_triton_layernorm",
-    "use_triton_crossentropy",
-    "use_triton_gated_mlp",
-    "use_full_bias_size",
-    "use_randomized_position_encoding",
-    "crossentropy_inplace_backward",
-}
-
-
-def is_published_fat5(raw: Mapping[str, Any]) -> bool:
-    """Whether this is the config of a published CATIE-AQ/FAT5 model, not of one made here."""
-    return raw.get("model_type") == "flash_t5" and bool(_PUBLISHED_FIELDS & raw.keys())
-
-
-def translate_published(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """The config of a published FAT5 in the words of stock T5, with `attention_scale` besides.
-
-    Its `feed_forward_proj` is stale: the model is built by `use_glu_mlp` and `use_gelu_act`, and its gelu is the tanh
-    approximation. `attention_scale` null or absent means 1/sqrt(num_heads), `pad_token_id` may be -100,
-    `is_encoder_decoder` false means nothing, the head is never tied and its input never scaled.
-    Source: https://github.com/catie-aq/flashT5 (`FlashT5Config`, `FlashT5Attention`), Apache-2.0.
-
-    Raises:
-        ConvertError: positions or options that FlashT5 does not have.
-    """
-    positions = raw.get("position_encoding_type", "t5")
-    if positions != "t5":
-        raise ConvertError(f"position_encoding_type {positions!r}: only published FAT5 with 't5' positions convert")
-    if raw.get("use_randomized_position_encoding"):
-        raise ConvertError("use_randomized_position_encoding: positions drawn at random are not supported")
-    gated = "gated-" if raw.get("use_glu_mlp") else ""
-    gelu = "gelu" if gated else "gelu_new"
-    fields = {key: value for key, value in raw.items() if key not in ("dense_act_fn", "is_gated_act")}
-    fields["feed_forward_proj"] = gated + (gelu if raw.get("use_gelu_act", True) else "relu")
-    scale = raw.get("attention_scale")
-    fields["attention_scale"] = _size(raw, "num_heads", default=8) ** -0.5 if scale is None else scale
-    start = raw.get("decoder_start_token_id", 0)
-    pad = raw.get("pad_token_id", -100)
-    fields["decoder_start_token_id"] = start
-    fields["pad_token_id"] = start if isinstance(pad, int) and pad < 0 else pad
-    fields["tie_word_embeddings"] = False
-    fields["scale_decoder_outputs"] = False
-    return fields
-
 
 def read_layout(raw: Mapping[str, Any], family: Family) -> tuple[Layout, dict[str, Any]]:
     """Map a raw config in the words of stock T5 to the fields of FlashT5Config, all but tying and scaling.
@@ -84,9 +34,11 @@ def read_layout(raw: Mapping[str, Any], family: Family) -> tuple[Layout, dict[st
     """
     if "quantization_config" in raw:
         raise ConvertError("quantization_config: quantised checkpoints are not supported")
-    sizes = {name: _size(raw, name, other) for name, other in _SIZES.items()}
+    sizes = {name: read_size(raw, name, other) for name, other in _SIZES.items()}
     decoder_layers = raw.get("num_decoder_layers")
-    sizes["num_decoder_layers"] = sizes["num_layers"] if decoder_layers is None else _size(raw, "num_decoder_layers")
+    sizes["num_decoder_layers"] = (
+        sizes["num_layers"] if decoder_layers is None else read_size(raw, "num_decoder_layers")
+    )
     activation = raw.get("feed_forward_proj", family.feed_forward_proj)
     if activation not in ACTIVATIONS:
         raise ConvertError(f"feed_forward_proj {activation!r} is unknown; supported are {', '.join(ACTIVATIONS)}")
@@ -98,12 +50,12 @@ def read_layout(raw: Mapping[str, Any], family: Family) -> tuple[Layout, dict[st
     for name, value in derived.items():
         if raw.get(name, value) != value:
             raise ConvertError(f"{name} {raw[name]!r} contradicts feed_forward_proj {activation!r}")
-    buckets = _size(raw, "relative_attention_num_buckets", default=32)
+    buckets = read_size(raw, "relative_attention_num_buckets", default=32)
     config = {
         **sizes,
         "relative_attention_num_buckets": buckets,
         # Configs from before the field existed mean the constant 128.
-        "relative_attention_max_distance": _size(raw, "relative_attention_max_distance", default=128),
+        "relative_attention_max_distance": read_size(raw, "relative_attention_max_distance", default=128),
         "relative_attention_per_layer": family.per_layer_bias,
         "position_encoding_type": "t5",
         "attention_scale": _number(raw, "attention_scale", 1.0),
@@ -123,12 +75,16 @@ def read_layout(raw: Mapping[str, Any], family: Family) -> tuple[Layout, dict[st
     for name, token in (("pad_token_id", 0), ("eos_token_id", 1), ("bos_token_id", None)):
         config[name] = _token(raw, name, token)
     layout = Layout(
-        **sizes,
+        vocab_size=sizes["vocab_size"],
+        d_model=sizes["d_model"],
+        d_kv=sizes["d_kv"],
+        d_ff=sizes["d_ff"],
+        num_layers=sizes["num_layers"],
+        num_decoder_layers=sizes["num_decoder_layers"],
+        num_heads=sizes["num_heads"],
         num_buckets=buckets,
         gated=activation.startswith("gated-"),
         per_layer_bias=family.per_layer_bias,
-        tied=True,
-        encoder_only=False,
     )
     return layout, config
 
@@ -152,7 +108,12 @@ def read_decoder_start(raw: Mapping[str, Any]) -> tuple[int | None, str]:
     return _token(raw, "pad_token_id", 0), "config.json is silent: T5 starts from the padding token"
 
 
-def _size(raw: Mapping[str, Any], name: str, other: str | None = None, default: int | None = None) -> int:
+def read_size(raw: Mapping[str, Any], name: str, other: str | None = None, default: int | None = None) -> int:
+    """A positive integer of a config, under either name.
+
+    Raises:
+        ConvertError: missing without a default, or no such number.
+    """
     value = raw.get(name, raw.get(other, default) if other else default)
     if value is None:
         raise ConvertError(f"{name} is missing")

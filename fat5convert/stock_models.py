@@ -9,37 +9,19 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from transformers import (
-    MT5Config,
-    MT5EncoderModel,
-    MT5ForConditionalGeneration,
-    PreTrainedConfig,
-    PreTrainedModel,
-    T5Config,
-    T5EncoderModel,
-    T5ForConditionalGeneration,
-    UMT5Config,
-    UMT5EncoderModel,
-    UMT5ForConditionalGeneration,
-)
+import transformers
+from transformers import MT5Config, PreTrainedConfig, PreTrainedModel, T5Config, UMT5Config
 
 from fat5.model import FlashT5Config
+from fat5convert.layout import Layout
 from fat5convert.precision import Form
+from fat5convert.published_bias import replace_bias
 from fat5convert.recognise import Recognised
 from fat5convert.source import Checkpoint
-from fat5convert.streaming import streamed
+from fat5convert.streaming import attach_weights, without_weights
 
-STOCK_CLASSES: dict[str, type[PreTrainedModel]] = {
-    "t5": T5ForConditionalGeneration,
-    "mt5": MT5ForConditionalGeneration,
-    "umt5": UMT5ForConditionalGeneration,
-}
-STOCK_ENCODERS: dict[str, type[PreTrainedModel]] = {
-    "t5": T5EncoderModel,
-    "mt5": MT5EncoderModel,
-    "umt5": UMT5EncoderModel,
-}
 _CONFIG_CLASSES: dict[str, type[PreTrainedConfig]] = {"t5": T5Config, "mt5": MT5Config, "umt5": UMT5Config}
+_CLASS_PREFIXES = {"t5": "T5", "mt5": "MT5", "umt5": "UMT5", "flash_t5": "FlashT5"}
 
 # Fields whose names and meanings stock T5 shares with FlashT5Config.
 _SHARED_FIELDS = (
@@ -65,32 +47,41 @@ _SHARED_FIELDS = (
 )
 
 
-def stock_class(model_type: str, encoder_only: bool) -> type[PreTrainedModel]:
+def class_name(model_type: str, layout: Layout) -> str:
+    """Name of the class that holds a model, of stock T5 or of FAT5 (`flash_t5`)."""
+    task = layout.head.task if layout.head else "ConditionalGeneration"
+    encoder = layout.encoder_only and layout.head is None
+    return _CLASS_PREFIXES[model_type] + ("EncoderModel" if encoder else f"For{task}")
+
+
+def stock_class(model_type: str, layout: Layout) -> type[PreTrainedModel]:
     """The model class of stock `transformers`."""
-    return (STOCK_ENCODERS if encoder_only else STOCK_CLASSES)[model_type]
+    found: type[PreTrainedModel] = getattr(transformers, class_name(model_type, layout))
+    return found
 
 
-def stock_config(config: FlashT5Config, model_type: str, tied: bool, encoder_only: bool) -> dict[str, Any]:
+def stock_config(config: FlashT5Config, model_type: str, layout: Layout) -> dict[str, Any]:
     """The fields of a stock `config.json`, in the words that `transformers` 4 and 5 both read.
 
     Args:
         config: of the FAT5 model.
         model_type: of the stock model.
-        tied: whether the head is the embedding.
-        encoder_only: whether there is no decoder.
+        layout: which parts it has.
     """
     scaled = bool(config.scale_decoder_outputs)
     fields: dict[str, Any] = {name: getattr(config, name) for name in _SHARED_FIELDS}
     fields |= {
-        "architectures": [stock_class(model_type, encoder_only).__name__],
+        "architectures": [class_name(model_type, layout)],
         "model_type": model_type,
-        "is_encoder_decoder": not encoder_only,
+        "is_encoder_decoder": not layout.encoder_only,
         # Transformers 4 reads "tied and scaled" or "neither" from this; 5 reads the scale from its own key, and
         # finds out about tying from the file.
-        "tie_word_embeddings": tied and scaled,
+        "tie_word_embeddings": layout.tied and scaled,
     }
     if model_type == "t5":
         fields["scale_decoder_outputs"] = scaled
+    if layout.head:
+        fields |= {name: getattr(config, name) for name in ("id2label", "label2id", "problem_type")}
     return fields
 
 
@@ -106,9 +97,10 @@ class Weights(Mapping[str, torch.Tensor]):
     def __init__(self, checkpoint: Checkpoint, recognised: Recognised, forms: Mapping[str, Form] | None = None) -> None:
         self._checkpoint, self._forms = checkpoint, forms
         self._pairs = {pair.t5: pair for pair in recognised.pairs}
-        shared = self._pairs["shared.weight"]
+        prefix = recognised.layout.stock_prefix
+        shared = self._pairs[f"{prefix}shared.weight"]
         for alias in ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"):
-            self._pairs.setdefault(alias, shared)
+            self._pairs.setdefault(prefix + alias, shared)
         # Stock has no scale of its own: the queries take it on, up to rounding.
         self._scale = recognised.config["attention_scale"]
 
@@ -130,8 +122,11 @@ class Weights(Mapping[str, torch.Tensor]):
 
 def streamed_stock(recognised: Recognised, weights: Mapping[str, torch.Tensor]) -> Any:
     """The stock model of a checkpoint, whose layers fetch their weights as they are called."""
-    layout = recognised.layout
-    config = FlashT5Config(**recognised.config)
-    fields = stock_config(config, recognised.model_type, layout.tied, layout.encoder_only)
-    stock = _CONFIG_CLASSES[recognised.model_type].from_dict(fields)
-    return streamed(stock_class(recognised.model_type, layout.encoder_only), stock, weights, "eager", torch.float32)
+    layout, model_type = recognised.layout, recognised.model_type
+    fields = stock_config(FlashT5Config(**recognised.config), model_type, layout)
+    config = _CONFIG_CLASSES[model_type].from_dict(fields)
+    model = without_weights(stock_class(model_type, layout), config, "eager", torch.float32)
+    if layout.positions != "t5":
+        with torch.device("meta"):
+            replace_bias(model, recognised.config)
+    return attach_weights(model, weights)

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from toy_checkpoints import FAMILIES, edit_config
 
+from fat5.model import FlashT5ForConditionalGeneration
 from fat5convert import parity
 from fat5convert.convert import convert
 from fat5convert.errors import ConvertError, DifferenceError
@@ -79,7 +80,7 @@ def test_the_logits_are_really_compared(
     family: str, originals: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A model that loads other weights than its file holds is caught by what it computes, and OUT does not appear."""
-    load = parity.FlashT5ForConditionalGeneration.from_pretrained
+    load = FlashT5ForConditionalGeneration.from_pretrained
 
     def load_with_an_error(*args: object, **kwargs: object) -> torch.nn.Module:
         model = load(*args, **kwargs)
@@ -87,7 +88,7 @@ def test_the_logits_are_really_compared(
             model.decoder.block[1].cross_attention_layer.cross_attention.o.weight[0, 0] += 0.5
         return model
 
-    monkeypatch.setattr(parity.FlashT5ForConditionalGeneration, "from_pretrained", load_with_an_error)
+    monkeypatch.setattr(FlashT5ForConditionalGeneration, "from_pretrained", load_with_an_error)
     with pytest.raises(DifferenceError, match="eager: logits_error"):
         convert(str(originals[family]), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -177,7 +178,7 @@ def test_layer_streamed_verification_finds_what_whole_does(
     """Models too large for memory are run with one layer's weights at a time: the same figures."""
     whole = convert(str(originals[family]), tmp_path / "whole", dtype=dtype).parity
     monkeypatch.setattr(parity, "WHOLE_PARAMETERS", 0)
-    monkeypatch.setattr(parity.FlashT5ForConditionalGeneration, "from_pretrained", None)  # must not be needed
+    monkeypatch.setattr(FlashT5ForConditionalGeneration, "from_pretrained", None)  # must not be needed
     streamed = convert(str(originals[family]), tmp_path / "streamed", dtype=dtype).parity
     assert whole is not None
     assert streamed is not None
@@ -225,6 +226,6 @@ def test_one_layer_of_weights_at_a_time(originals: dict[str, Path], tmp_path: Pa
     for module in model.modules():
         if isinstance(module, torch.nn.Linear):
             module.register_forward_pre_hook(count)
-    run_probe(model, make_probe(recognised.config), encoder_only=False)
+    run_probe(model, make_probe(recognised.config, recognised.layout), recognised.layout)
     assert all(parameter.device.type == "meta" for parameter in model.parameters())
     assert most <= max(p.numel() for p in model.parameters())
