@@ -127,11 +127,11 @@ def _read_config(checkpoint: Checkpoint) -> FlashT5Config:
         config = FlashT5Config.from_dict(raw)
     except (ValueError, TypeError) as error:
         raise ConvertError(f"{where}: {error}") from error
+    if config.position_encoding_type != "t5":
+        raise ConvertError(f"{where}: stock T5 has no positions of type {config.position_encoding_type!r}")
     if math.frexp(config.softmax_scale)[0] != 0.5:
         scale = f"{config.softmax_scale!r} is no power of two, and stock T5 has no scale but 1.0"
         raise ConvertError(f"{where}: attention_scale {scale}, so that nothing exact can be exported")
-    if config.position_encoding_type != "t5":
-        raise ConvertError(f"{where}: stock T5 has no positions of type {config.position_encoding_type!r}")
     return config
 
 

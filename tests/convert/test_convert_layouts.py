@@ -295,10 +295,6 @@ def test_published_fat5(scale: float | None, originals: dict[str, Path], tmp_pat
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"position_encoding_type": "ALiBi"}, "'ALiBi'"),
-        ({"position_encoding_type": "RoPE"}, "'RoPE'"),
-        ({"position_encoding_type": "FIRE"}, "'FIRE'"),
-        ({"use_randomized_position_encoding": True}, "use_randomized_position_encoding"),
         ({"use_glu_mlp": False}, "missing tensor.*wi.weight"),
         ({"attention_scale": "a third"}, "attention_scale"),
     ],

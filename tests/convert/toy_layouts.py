@@ -94,6 +94,8 @@ def write_published_fat5(folder: Path, stock: Path, **changes: Any) -> Path:
         renamed[name] = tensor
     for copy in ("encoder", "decoder"):
         renamed[f"{copy}.embed_tokens.weight"] = renamed["shared.weight"].clone()
+    if changes.get("position_encoding_type", "t5") != "t5":
+        _replace_tables(renamed, changes)
     folder.mkdir()
     save_file(renamed, folder / "model.safetensors", {"format": "pt"})
     raw = json.loads((stock / "config.json").read_text())
@@ -120,3 +122,17 @@ def write_published_fat5(folder: Path, stock: Path, **changes: Any) -> Path:
     (folder / "config.json").write_text(json.dumps(kept | published | changes))
     (folder / "modeling_flash_t5.py").write_text("raise RuntimeError('the published code must not run')\n")
     return folder
+
+
+def _replace_tables(tensors: dict[str, torch.Tensor], changes: dict[str, Any]) -> None:
+    """FIRE has its parameters where T5 has its table; the other positions have none."""
+    generator = torch.Generator().manual_seed(11)
+    for name in [name for name in tensors if "relative_attention_bias" in name]:
+        heads = tensors.pop(name).shape[1]
+        if changes["position_encoding_type"] == "FIRE":
+            width = changes["fire_mlp_width"]
+            shapes = {"0.weight": (width, 1), "0.bias": (width,), "2.weight": (heads, width), "2.bias": (heads,)}
+            fire = {f"mlp.{part}": torch.randn(shape, generator=generator) for part, shape in shapes.items()}
+            # An integer, as the published module makes it from the config.
+            fire |= {"c": torch.tensor(0.3), "init_L": torch.tensor(20), "L_multiplier": torch.tensor(-1.2)}
+            tensors |= {name.replace("relative_attention_bias.weight", part): value for part, value in fire.items()}

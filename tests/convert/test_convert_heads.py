@@ -1,0 +1,222 @@
+"""Stock checkpoints with heads for classification and question answering: converted, verified, and back."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from toy_checkpoints import FAMILIES, SIZES, TOKENS, all_tensors, edit_config, rewrite
+from toy_layouts import write_published_fat5
+from transformers import AutoModelForSequenceClassification
+
+import fat5.model
+from fat5.model import FlashT5Config, FlashT5ForSequenceClassification, FlashT5Model
+from fat5convert.convert import convert
+from fat5convert.errors import ConvertError, DifferenceError
+from fat5convert.export import export
+from fat5convert.verify import verify
+
+SEQUENCE, TOKEN, ANSWER = TASKS = ("SequenceClassification", "TokenClassification", "QuestionAnswering")
+PREFIXES = {"t5-v1.0": "T5", "t5-v1.1": "T5", "mt5": "MT5", "umt5": "UMT5"}
+
+
+def write_headed(folder: Path, task: str, family: str = "t5-v1.1", **changes: Any) -> Any:
+    """A stock model with a head, every tensor random and distinct, as stock saves it."""
+    shape = FAMILIES[family]
+    labels = {} if task == ANSWER else {"id2label": {0: "no", 1: "yes", 2: "perhaps"}}
+    if labels:
+        labels["label2id"] = {name: i for i, name in labels["id2label"].items()}  # type: ignore[misc]
+    config = shape.config_class(**(SIZES | TOKENS | shape.fields | labels | changes))
+    model: Any = getattr(transformers, f"{PREFIXES[family]}For{task}")(config).eval()
+    model.set_attn_implementation("eager")
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(float("layer_norm" in name), 0.2, generator=generator)
+    model.save_pretrained(folder)
+    if family != "umt5":
+        edit_config(folder, tie_word_embeddings=False if shape.untied else None, scale_decoder_outputs=None)
+    return model
+
+
+def inputs() -> dict[str, torch.Tensor]:
+    """Rows of odd lengths, padded on the right, each with two end-of-sequence tokens, the last behind the text."""
+    ids, mask = torch.randint(2, 120, (3, 41)), torch.zeros(3, 41, dtype=torch.int64)
+    for row, length in enumerate((41, 17, 3)):
+        mask[row, :length] = 1
+        ids[row, [0, length - 1]] = 1
+    return {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask}
+
+
+def outputs(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    with torch.no_grad():
+        output = model(**batch)
+    if hasattr(output, "start_logits"):
+        return torch.stack([output.start_logits, output.end_logits], -1)[batch["attention_mask"] == 1]
+    return output.logits if output.logits.ndim == 2 else output.logits[batch["attention_mask"] == 1]
+
+
+CASES = [
+    *(("t5-v1.1", task) for task in TASKS),
+    ("umt5", SEQUENCE),
+    ("mt5", ANSWER),
+    *(
+        pytest.param(family, task, marks=pytest.mark.slow)
+        for family in ("t5-v1.0", "mt5", "umt5")
+        for task in TASKS
+        if (family, task) not in {("umt5", SEQUENCE), ("mt5", ANSWER)}
+    ),
+]
+
+
+@pytest.mark.parametrize(("family", "task"), CASES)
+def test_there_and_back(family: str, task: str, tmp_path: Path) -> None:
+    stock = write_headed(tmp_path / "source", task, family)
+    report = convert(str(tmp_path / "source"), tmp_path / "out")
+    assert report.parity is not None
+    assert report.parity["models"]["compared"].startswith("logits of ")
+    assert all(r["logits_error"] <= r["bound"] for r in report.parity["models"]["implementations"])
+    assert not report.conversion["leftovers"]
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["architectures"] == [f"FlashT5For{task}"]
+    assert config["head_reads_decoder"] is (task != TOKEN)
+    assert config["auto_map"][f"AutoModelFor{task}"].endswith(f".FlashT5For{task}")
+    assert "AutoModelForSeq2SeqLM" not in config["auto_map"]
+    assert not (tmp_path / "out" / "generation_config.json").exists()
+    if task != ANSWER:
+        assert config["id2label"] == {"0": "no", "1": "yes", "2": "perhaps"}
+
+    ours = getattr(fat5.model, f"FlashT5For{task}").from_pretrained(tmp_path / "out", attn_implementation="eager")
+    batch = inputs()
+    expected = outputs(stock, batch)
+    assert (outputs(ours.eval(), batch) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+    export(tmp_path / "out", tmp_path / "t5")
+    before, after = all_tensors(tmp_path / "source"), all_tensors(tmp_path / "t5")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(tensor.view(torch.int32), before[name].view(torch.int32)) for name, tensor in after.items())
+    back = type(stock).from_pretrained(tmp_path / "t5", attn_implementation="eager").eval()
+    assert torch.equal(outputs(back, batch), expected)
+    assert back.config.id2label == stock.config.id2label
+
+
+def test_the_auto_class_loads_it(tmp_path: Path) -> None:
+    stock = write_headed(tmp_path / "source", SEQUENCE)
+    convert(str(tmp_path / "source"), tmp_path / "out", verify=False)
+    loaded, info = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "out", trust_remote_code=True, attn_implementation="eager", output_loading_info=True
+    )
+    assert not info["missing_keys"]
+    batch = inputs()
+    expected = outputs(stock, batch)
+    assert (outputs(loaded.eval(), batch) - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert FlashT5Model.from_pretrained(tmp_path / "out").decoder is not None
+
+
+def test_aliases_behind_the_prefix(tmp_path: Path) -> None:
+    write_headed(tmp_path / "source", SEQUENCE)
+    tensors = all_tensors(tmp_path / "source")
+    aliases = [f"transformer.{stack}.embed_tokens.weight" for stack in ("encoder", "decoder")]
+    (tmp_path / "source" / "model.safetensors").unlink()
+    torch.save(
+        tensors | dict.fromkeys(aliases, tensors["transformer.shared.weight"]), tmp_path / "source/pytorch_model.bin"
+    )
+    report = convert(str(tmp_path / "source"), tmp_path / "out", verify=False)
+    assert sorted(report.conversion["leftovers"]) == sorted(aliases)
+    assert verify(tmp_path / "out", str(tmp_path / "source"))["result"] == "same"
+
+
+@pytest.mark.parametrize("task", [SEQUENCE, ANSWER])
+def test_float16_is_rescaled_under_a_head(task: str, tmp_path: Path) -> None:
+    """The stream shrinks, the decoder's last norm does not make up for it: there is no tied head."""
+    write_headed(tmp_path / "source", task)
+
+    def enlarge(tensors: dict[str, torch.Tensor]) -> None:
+        for name, tensor in tensors.items():
+            if name.endswith(("shared.weight", "Attention.o.weight", "DenseReluDense.wo.weight")):
+                tensor.mul_(2**14)
+
+    rewrite(tmp_path / "source", enlarge)
+    report = convert(str(tmp_path / "source"), tmp_path / "out", dtype="float16")
+    assert report.plan.rescaling.residual > 0
+    assert report.parity is not None
+    assert report.parity["models"]["in_own_dtype"]["finite"]
+    export(tmp_path / "out", tmp_path / "t5")
+    before, after = all_tensors(tmp_path / "source"), all_tensors(tmp_path / "t5")
+    for name, tensor in after.items():
+        assert torch.allclose(tensor, before[name], rtol=2**-10, atol=2**-24 * 2**14), name
+
+
+def test_verification_compares_the_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_headed(tmp_path / "source", SEQUENCE)
+    load = FlashT5ForSequenceClassification.from_pretrained
+
+    def load_with_an_error(*args: object, **kwargs: object) -> torch.nn.Module:
+        model = load(*args, **kwargs)
+        with torch.no_grad():
+            model.classification_head.out_proj.bias[0] += 0.1
+        return model
+
+    monkeypatch.setattr(FlashT5ForSequenceClassification, "from_pretrained", load_with_an_error)
+    with pytest.raises(DifferenceError, match="eager: logits_error"):
+        convert(str(tmp_path / "source"), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("task", "changes", "message"),
+    [
+        (TOKEN, {"architectures": ["T5ForQuestionAnswering"]}, "contradicts the file, which has classifier.weight"),
+        (SEQUENCE, {"id2label": {"0": "a", "2": "b"}}, "numbered from 0"),
+        (
+            SEQUENCE,
+            {"id2label": {"0": "a", "1": "b"}},
+            r"out_proj.weight has shape \[3, 32\], the config says \[2, 32\]",
+        ),
+        (SEQUENCE, {"id2label": ["a"]}, "id2label"),
+        (SEQUENCE, {"label2id": {"no": "0"}}, "label2id"),
+        (SEQUENCE, {"problem_type": "poetry"}, "problem_type"),
+        (SEQUENCE, {"eos_token_id": [1, 2]}, "eos_token_id must be one token id"),
+        (ANSWER, {"num_labels": 3}, "two outputs"),
+        (ANSWER, {"num_labels": "two"}, "num_labels"),
+    ],
+)
+def test_configs_that_do_not_fit_the_head(task: str, changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    write_headed(tmp_path / "source", task)
+    edit_config(tmp_path / "source", **changes)
+    with pytest.raises(ConvertError, match=message):
+        convert(str(tmp_path / "source"), tmp_path / "out")
+
+
+def test_tensors_that_do_not_fit_the_head(tmp_path: Path) -> None:
+    write_headed(tmp_path / "source", SEQUENCE)
+    whole = load_file(tmp_path / "source" / "model.safetensors")
+
+    def refused(tensors: dict[str, torch.Tensor], message: str) -> None:
+        save_file(tensors, tmp_path / "source" / "model.safetensors")
+        with pytest.raises(ConvertError, match=message):
+            convert(str(tmp_path / "source"), tmp_path / "out")
+
+    refused(whole | {"adapter.weight": torch.zeros(3)}, "unknown tensor.*adapter.weight")
+    refused({n: t for n, t in whole.items() if "dense" not in n}, "missing tensor.*classification_head.dense.weight")
+    no_decoder = {n: t for n, t in whole.items() if "decoder" not in n}
+    refused(no_decoder, "missing tensor.*transformer.decoder")
+    edit_config(tmp_path / "source", architectures=None)
+    refused(no_decoder, "missing tensor.*transformer.decoder")
+
+
+def test_published_heads_read_the_encoder(originals: dict[str, Path], tmp_path: Path) -> None:
+    source = write_published_fat5(tmp_path / "source", originals["t5-v1.1"])
+    rewrite(source, lambda t: t.update({"qa_outputs.weight": torch.zeros(2, 32), "qa_outputs.bias": torch.zeros(2)}))
+    with pytest.raises(ConvertError, match=r"question answering on the encoder.*does not convert"):
+        convert(str(source), tmp_path / "out")
+
+
+def test_a_head_on_the_encoder_is_not_exported(tmp_path: Path) -> None:
+    """As FAT5 trains it by default; stock T5 has no such model."""
+    FlashT5ForSequenceClassification(FlashT5Config(**SIZES, num_labels=3)).save_pretrained(tmp_path / "out")
+    with pytest.raises(ConvertError, match="reads the encoder, and that of stock T5 the decoder"):
+        export(tmp_path / "out", tmp_path / "t5")
+    assert not (tmp_path / "t5").exists()
