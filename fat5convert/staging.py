@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from fat5.folders import put_in_place
 from fat5convert.errors import ConvertError
 from fat5convert.json_files import read_json
 
@@ -47,9 +48,9 @@ def staged(out: Path, overwrite: bool, replaceable: Callable[[Path], bool], *, r
         if not resume:
             clear(staging)
         yield staging
-        for path in (*staging.rglob("*"), staging):
-            _sync(path)
-        _publish(staging, out, replaced, overwrite)
+        if out.exists() and not overwrite:
+            raise ConvertError(f"{out}: appeared while this was running; nothing was replaced")
+        put_in_place(staging, out, replaced)
         published = True
     except OSError as error:
         raise ConvertError(f"{error.filename or out}: {_reason(error)}") from error
@@ -133,32 +134,8 @@ def _recover(out: Path, replaced: Path) -> None:
         replaced.rename(out)
 
 
-def _publish(staging: Path, out: Path, replaced: Path, overwrite: bool) -> None:
-    if not out.exists():
-        staging.rename(out)
-    elif not overwrite:
-        raise ConvertError(f"{out}: appeared while this was running; nothing was replaced")
-    else:
-        out.rename(replaced)
-        try:
-            staging.rename(out)
-        except BaseException:
-            replaced.rename(out)
-            raise
-        shutil.rmtree(replaced)
-    _sync(out.parent)
-
-
 def _sibling(out: Path, kind: str) -> Path:
     return out.absolute().parent / f".{out.absolute().name}.fat5-{kind}"
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _missing_parents(out: Path) -> list[Path]:

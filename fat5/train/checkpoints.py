@@ -1,7 +1,6 @@
 """Checkpoints that are whole or not there, and which of them a run continues from."""
 
 import json
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from fat5 import folders
 from fat5.train.errors import TrainingError
 
 MARKER = "complete.json"
@@ -53,28 +53,14 @@ def seal(staged: Path, final: Path) -> None:
 
 
 def put_in_place(staged: Path, final: Path) -> None:
-    """Give a folder its name, after all that is in it has reached the disk; what had that name is replaced.
+    """As `folders.put_in_place`, whatever a killed run has set aside there.
 
     Raises:
         OSError: the disk is full or does not take it; `final` is as it was.
     """
-    for path in (*staged.rglob("*"), staged):
-        _flush(path)
-    old = final.with_name(f"{STAGING}-replaced")
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        final.rename(old)
-    staged.rename(final)
-    _flush(final.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    aside = final.with_name(f"{STAGING}-replaced")
+    shutil.rmtree(aside, ignore_errors=True)
+    folders.put_in_place(staged, final, aside)
 
 
 def by_step(folder: Path) -> dict[int, Path]:
