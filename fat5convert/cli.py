@@ -82,6 +82,8 @@ def _one_message() -> Iterator[None]:
         yield
     except ConvertError as error:
         raise (Different if isinstance(error, DifferenceError) else click.ClickException)(str(error)) from error
+    except OSError as error:  # a disk that fails, a folder that may not be looked into
+        raise click.ClickException(f"{error.filename or 'a file'}: {error.strerror or error}") from error
 
 
 def _list_families(ctx: click.Context, option: click.Parameter, asked: bool) -> None:

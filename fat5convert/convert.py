@@ -23,7 +23,7 @@ from fat5convert.rescaling import Rescaling, choose_rescaling
 from fat5convert.sentence_modules import carry_modules
 from fat5convert.side_files import write_config, write_side_files
 from fat5convert.source import SETTINGS_FILES, Checkpoint, locate
-from fat5convert.staging import check_space, check_target, holds_model, staged
+from fat5convert.staging import check_apart, check_space, check_target, holds_model, staged
 from fat5convert.verify import verify_written
 from fat5convert.writer import Advance, Item, write_weights
 
@@ -129,7 +129,8 @@ def convert(
     out = Path(out)
     check_target(out, overwrite, holds_model("flash_t5"))
     plan = plan_conversion(model, dtype=dtype, revision=revision, config=config)
-    _check_apart(plan.checkpoint, out)
+    location = plan.checkpoint.location
+    check_apart(out, location.folder / location.file if location.file else location.folder)
     check_space(out, plan.nbytes)
     with staged(out, overwrite, holds_model("flash_t5"), resume=True) as folder:
         conversion = _write(plan, folder, shard_size, progress(plan) if progress else lambda count: None)
@@ -202,10 +203,3 @@ def _fingerprint(plan: Plan, shard_size: int) -> Any:
         "forms": [[str(form.dtype), form.exponent] for form in plan.forms.values()],
         "shard_size": shard_size,
     }
-
-
-def _check_apart(checkpoint: Checkpoint, out: Path) -> None:
-    source = checkpoint.folder / checkpoint.location.file if checkpoint.location.file else checkpoint.folder
-    source, out = source.resolve(), out.absolute().parent.resolve() / out.name
-    if source == out or out in source.parents or source in out.parents:
-        raise ConvertError(f"{out}: is, holds or lies in the source; choose another folder")

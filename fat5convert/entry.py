@@ -5,6 +5,7 @@ Ctrl-C and SIGTERM end the program with 130 and 143, no traceback, and nothing h
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -19,6 +20,8 @@ def main() -> None:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path need not be text
     command(prog_name="fat5convert")
 
 

@@ -23,7 +23,7 @@ from fat5convert.precision import Form, short_name
 from fat5convert.rescaling import Rescaling
 from fat5convert.sentence_modules import carry_modules
 from fat5convert.source import Checkpoint, local
-from fat5convert.staging import check_space, holds_model, staged
+from fat5convert.staging import check_apart, check_space, holds_model, staged
 from fat5convert.stock_models import stock_config
 from fat5convert.writer import Advance, Item, write_weights
 
@@ -71,7 +71,7 @@ def export(
         raise ConvertError(f"{out}: no such folder")
     checkpoint = Checkpoint(local(folder))
     config = _read_config(checkpoint)
-    provenance = read_json(folder / "conversion.json") if (folder / "conversion.json").is_file() else {}
+    provenance = _read_provenance(folder / "conversion.json")
     try:
         layout = _layout(config, checkpoint)
         pairs = keymap.expand(layout, len(checkpoint.tensors))
@@ -98,8 +98,7 @@ def export(
         raw.pop("scale_decoder_outputs", None)
     items = [Item(t5, checkpoint, fat5, checkpoint.tensors[fat5], forms[t5]) for t5, fat5 in sources.items()]
     nbytes = sum(item.info.nbytes for item in items)
-    if target.absolute() == folder.absolute():
-        raise ConvertError(f"{target}: is the folder to export from; choose another")
+    check_apart(target, folder)
     check_space(target, nbytes)
     with staged(target, overwrite, holds_model(*FAMILIES)) as staging:
         write_weights(staging, items, shard_size, progress(nbytes) if progress else lambda count: None)
@@ -117,6 +116,15 @@ def _form(checkpoint: Checkpoint, pair: Pair, layout: Layout, rescaling: Rescali
         exponent += round(math.log2(scale))  # stock T5 has no scale: the queries take it on
     dtype = checkpoint.tensors[pair.fat5].dtype
     return Form(torch.float32 if rescaling != Rescaling() else dtype, exponent)
+
+
+def _read_provenance(path: Path) -> dict[str, Any]:
+    """What the conversion recorded; nothing for a model made otherwise."""
+    provenance = read_json(path) if path.is_file() else {}
+    for key in ("leftovers", "source_config"):
+        if not isinstance(provenance.get(key, {}), dict):
+            raise ConvertError(f"{path}: {key} is malformed. Restore the file, or remove it to export without it.")
+    return provenance
 
 
 def _read_config(checkpoint: Checkpoint) -> FlashT5Config:

@@ -221,10 +221,15 @@ def open_weights(path: Path) -> TensorFile:
     """Open a weight file by its suffix.
 
     Raises:
-        ConvertError: the file is missing, truncated, malformed, or a pickle that would run code.
+        ConvertError: the file is missing, unreadable, truncated, malformed, or a pickle that would run code.
     """
     if not path.is_file():
         raise ConvertError(f"{path}: missing. The checkpoint needs this file.")
+    try:
+        with open(path, "rb"):
+            pass
+    except OSError as error:
+        raise ConvertError(f"{path}: cannot be read ({error.strerror})") from error
     return SafetensorsFile(path) if path.suffix == ".safetensors" else PickleFile(path)
 
 

@@ -64,11 +64,11 @@ class Rescaling:
     @classmethod
     def from_dict(cls, fields: Any) -> Rescaling:
         """Read back what `as_dict` gave; anything else is no rescaling."""
-        if not isinstance(fields, dict) or type(fields.get("residual")) is not int:
+        if not isinstance(fields, dict) or not _is_exponent(fields.get("residual")):
             return cls()
         inner = fields.get("inner")
         entries = inner.items() if isinstance(inner, dict) else ()
-        return cls(fields["residual"], {name: j for name, j in entries if type(j) is int})
+        return cls(fields["residual"], {name: j for name, j in entries if _is_exponent(j)})
 
 
 def choose_rescaling(checkpoint: Checkpoint, recognised: Recognised) -> Rescaling:
@@ -98,6 +98,10 @@ def choose_rescaling(checkpoint: Checkpoint, recognised: Recognised) -> Rescalin
                 "which no rescaling reaches. Use bfloat16."
             )
     return rescaling
+
+
+def _is_exponent(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 128  # fp32 has none larger
 
 
 def _exponent(value: float) -> int:

@@ -35,19 +35,20 @@ def carry_modules(source: Path, target: Path) -> dict[str, str]:
     if not listing.is_file():
         return {}
     try:
-        names = [module["path"] for module in json.loads(listing.read_text(encoding="utf-8"))]
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        modules = {module["path"]: module.get("type") for module in json.loads(listing.read_text(encoding="utf-8"))}
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         raise ConvertError(f"{listing}: malformed; expected a list of modules, each with its path") from error
     for name in (MODULES_FILE, *SENTENCE_FILES):
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
-    for name in names:
+    for name, kind in modules.items():
         if name == "":  # the transformer itself
             continue
         # A module is a plain folder beside the list: anything else could lead out of it.
         if not isinstance(name, str) or name != Path(name).name or name.startswith("."):
             raise ConvertError(f"{listing}: names {name!r} as a module, which is no folder beside it")
-        _carry(source / name, target / name)
+        if not _carry(source / name, target / name) and str(kind).endswith(".Dense"):
+            raise ConvertError(f"{source / name}: holds no weights, which a Dense layer has. Download it again.")
     return {
         path.relative_to(target).as_posix(): hash_file(path)
         for path in sorted(target.rglob("*"))
@@ -55,7 +56,8 @@ def carry_modules(source: Path, target: Path) -> dict[str, str]:
     }
 
 
-def _carry(source: Path, target: Path) -> None:
+def _carry(source: Path, target: Path) -> bool:
+    """Copy one module; whether it has weights."""
     target.mkdir(exist_ok=True)
     if (source / "config.json").is_file():
         shutil.copyfile(source / "config.json", target / "config.json")
@@ -64,3 +66,4 @@ def _carry(source: Path, target: Path) -> None:
         file = open_weights(weights)
         items = [Item(name, file, name, info, Form(info.dtype)) for name, info in file.tensors.items()]
         write_weights(target, items, 1 << 62, lambda count: None)
+    return weights is not None

@@ -72,18 +72,19 @@ def write_side_files(folder: Path, checkpoint: Checkpoint, recognised: Recognise
         shutil.copyfile(path, folder / path.name)
     names = {path.name for path in files}
     published = recognised.naming.column == "fat5"  # where pad_token_id -100 is usual
-    path = folder / "generation_config.json"
+    path = checkpoint.folder / "generation_config.json"
     if recognised.layout.is_language_model and (published or path.name not in names):
         settings = {key: value for key, value in raw.items() if key in _GENERATION_KEYS and value is not None}
-        settings |= read_json(path) if path.is_file() else {}
+        settings |= read_json(path) if path.name in names else {}
         for key in ("decoder_start_token_id", "eos_token_id", "pad_token_id"):
             if published or settings.get(key) is None:
                 settings[key] = recognised.config[key]
-        write_json(path, settings)
+        write_json(folder / path.name, settings)
     if names - {"generation_config.json"}:
         # AutoTokenizer finds the class by model type when this file does not name it; flash_t5 has none.
-        path = folder / "tokenizer_config.json"
-        settings = read_json(path) if path.is_file() else {}
+        path = checkpoint.folder / "tokenizer_config.json"
+        settings = read_json(path) if path.name in names else {}
         if "tokenizer_class" not in settings:
-            stated = raw.get("tokenizer_class") or FAMILIES[recognised.model_type].tokenizer_class
-            write_json(path, settings | {"tokenizer_class": stated})
+            stated = raw.get("tokenizer_class")
+            name = stated if isinstance(stated, str) else FAMILIES[recognised.model_type].tokenizer_class
+            write_json(folder / path.name, settings | {"tokenizer_class": name})

@@ -79,6 +79,8 @@ def locate(model: str, revision: str | None = None) -> Location:
     Raises:
         ConvertError: no such folder or repo, no access, or no network and not in the cache.
     """
+    if not model:
+        raise ConvertError("the name of the model is empty")
     folder = Path(model).expanduser()
     if folder.exists() and revision is not None:
         raise ConvertError(f"{model} is here on disk: --revision is for models of the Hub")

@@ -90,9 +90,16 @@ def read_layout(raw: Mapping[str, Any], family: Family) -> tuple[Layout, dict[st
 
 
 def read_scaling(raw: Mapping[str, Any], family: Family) -> tuple[bool, str]:
-    """Whether the decoder's output is multiplied by d_model**-0.5 before the head, and why."""
+    """Whether the decoder's output is multiplied by d_model**-0.5 before the head, and why.
+
+    Raises:
+        ConvertError: what decides it is neither true nor false.
+    """
     if not family.may_scale:
         return False, f"{family.title} never scales"
+    for name in ("scale_decoder_outputs", "tie_word_embeddings"):
+        if not isinstance(raw.get(name), bool | None):
+            raise ConvertError(f"{name} must be true or false, not {raw[name]!r}")
     if isinstance(raw.get("scale_decoder_outputs"), bool):
         # Written by transformers 5, where tie_word_embeddings says nothing.
         return raw["scale_decoder_outputs"], f"config.json has scale_decoder_outputs {raw['scale_decoder_outputs']}"

@@ -63,7 +63,11 @@ def staged(out: Path, overwrite: bool, replaceable: Callable[[Path], bool], *, r
 
 def check_target(out: Path, overwrite: bool, replaceable: Callable[[Path], bool]) -> None:
     """Refuse an OUT that exists, unless it may be and is asked to be replaced."""
-    if not out.exists() and not out.is_symlink():
+    try:
+        there = out.exists() or out.is_symlink()
+    except OSError as error:  # too long a name, or in a folder that may not be looked into
+        raise ConvertError(f"{out}: cannot be used as a folder ({_reason(error)})") from error
+    if not there:
         return
     if not overwrite:
         raise ConvertError(f"{out}: exists already. Give --overwrite to replace it, or another folder.")
@@ -83,6 +87,13 @@ def holds_model(*model_types: str) -> Callable[[Path], bool]:
             return False
 
     return test
+
+
+def check_apart(out: Path, source: Path) -> None:
+    """Refuse an OUT that is the source, lies in it or holds it: replacing the one would take the other along."""
+    source, target = source.resolve(), out.absolute().parent.resolve() / out.name
+    if source == target or target in source.parents or source in target.parents:
+        raise ConvertError(f"{out}: is, holds or lies in the source; choose another folder")
 
 
 def check_space(out: Path, needed: int) -> None:
