@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from toy_checkpoints import FAMILIES, make_model, write_checkpoint
+from toy_heads import TASKS, write_headed
 from toy_layouts import make_encoder
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
@@ -90,6 +91,40 @@ def test_both_lines_of_transformers_agree_with_the_source(
         # Stock umT5 in transformers 5 scales its logits: agreement is up to that factor, and the export says so.
         factor = model.config.d_model**-0.5 if family == "umt5" and release == "5" else 1.0
         assert (got - factor * values).abs().max() <= 1e-5 * factor * values.abs().max(), release
+
+
+LOAD_HEAD = """
+import sys, torch, transformers
+folder, release, name, result = sys.argv[1:]
+assert transformers.__version__.startswith(release), transformers.__version__
+model, info = getattr(transformers, name).from_pretrained(
+    folder, attn_implementation="eager", output_loading_info=True
+)
+assert not info["missing_keys"], info
+with torch.no_grad():
+    output = model.eval()(input_ids=torch.load(result))
+torch.save(output.logits if "logits" in output else torch.stack([output.start_logits, output.end_logits]), result)
+"""
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("family", ["t5-v1.1", "umt5"])
+def test_heads_in_both_lines(family: str, task: str, releases: dict[str, str], tmp_path: Path) -> None:
+    model = write_headed(tmp_path / "source", task, family)
+    convert(str(tmp_path / "source"), tmp_path / "out", verify=False)
+    export(tmp_path / "out", tmp_path / "t5")
+    ids = torch.cat([IDS, torch.ones(2, 1, dtype=torch.int64)], dim=1)  # with an end of sequence
+    with torch.no_grad():
+        output = model(input_ids=ids)
+    values = output.logits if "logits" in output else torch.stack([output.start_logits, output.end_logits])
+    for release, path in releases.items():
+        torch.save(ids, tmp_path / "values.pt")
+        run(
+            LOAD_HEAD, tmp_path / "t5", release, type(model).__name__, tmp_path / "values.pt",
+            path=path, folder=tmp_path,
+        )  # fmt: skip
+        got = torch.load(tmp_path / "values.pt")
+        assert (got - values).abs().max() <= 1e-5 * values.abs().max(), release
 
 
 TRANSLATE = """
