@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from .ops_gated_act import gated_act as gated_act
     from .ops_gated_act_kernels import activate as activate
     from .ops_linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
+    from .ops_operator import Operator as Operator
     from .ops_philox import philox as philox
     from .ops_rms_norm import add_rms_norm as add_rms_norm
     from .ops_rms_norm_kernels import launch_shape as launch_shape

@@ -46,6 +46,7 @@ RUNTIME_FILES = (
     "ops_gated_act.py",
     "ops_gated_act_kernels.py",
     "ops_linear_cross_entropy.py",
+    "ops_operator.py",
     "ops_philox.py",
     "ops_rms_norm.py",
     "ops_rms_norm_kernels.py",
