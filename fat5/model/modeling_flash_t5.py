@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from .ops_attention_problem import Problem as Problem
     from .ops_attention_reference import reference_attention as reference_attention
     from .ops_attention_strips import expand_strips as expand_strips
+    from .ops_attention_table import line_of_table as line_of_table
     from .ops_cross_entropy import cross_entropy as cross_entropy
     from .ops_cross_entropy_kernels import launch_loss as launch_loss
     from .ops_dropout_tile import keep_tile as keep_tile

@@ -1,6 +1,7 @@
 """Attention with T5's position bias at the cost of attention without it: the public function and its operators."""
 
 import os
+from collections.abc import Callable
 
 import torch
 from torch.autograd import forward_ad
@@ -17,7 +18,6 @@ from .ops_attention_bias import (
     bias_line,
     expand_table,
     line_buckets,
-    reduce_line,
 )
 from .ops_attention_problem import Problem
 from .ops_attention_reference import reference_attention
@@ -28,6 +28,7 @@ try:
 
     from .ops_attention_backward import launch_backward
     from .ops_attention_forward import launch_forward
+    from .ops_attention_table import line_of_table, table_gradient
 
     HAS_KERNELS = True
 except ImportError:
@@ -133,7 +134,7 @@ def attention(
         raise ValueError("attention on CUDA needs Triton: pip install 'fat5[gpu]', or use the sdpa implementation")
     else:
         problem = Problem(causal, scale, q_offset, dropout_p, max_seqlen_q, max_seqlen_k)
-        args = _bias_args(kind, bias_tensor, bidirectional, max_distance, q.shape[0], q.shape[2])
+        args = _bias_args(kind, bias_tensor, bidirectional, max_distance, q.shape[0], q.shape[2], expand_table)
         out = reference_attention(q, k, v, args, cu_seqlens_q, cu_seqlens_k, key_lengths, problem, seed)
     return out.squeeze(0) if packed else out.transpose(1, 2)
 
@@ -209,13 +210,19 @@ def _bias_operands(bias: T5Bias | AlibiBias | DenseBias | None) -> tuple[int, to
 
 
 def _bias_args(
-    kind: int, bias: torch.Tensor | None, bidirectional: bool, max_distance: int, batch: int, heads: int
+    kind: int,
+    bias: torch.Tensor | None,
+    bidirectional: bool,
+    max_distance: int,
+    batch: int,
+    heads: int,
+    expand: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
 ) -> BiasArgs:
-    """The bias as the launchers take it."""
+    """The bias as the launchers take it; `expand` makes T5's line of its table and buckets."""
     if kind == T5_BIAS and bias is not None:
         _, left, right = bias_line(bidirectional, bias.shape[0], max_distance)
         buckets = line_buckets(bidirectional, bias.shape[0], max_distance, bias.device)
-        return BiasArgs(kind, expand_table(bias, buckets), left, right, exact_dtype=bias.dtype)
+        return BiasArgs(kind, expand(bias, buckets), left, right, exact_dtype=bias.dtype)
     if kind == ALIBI_BIAS:
         return BiasArgs(kind, slopes=bias)
     if kind == DENSE_BIAS and bias is not None:
@@ -245,7 +252,7 @@ def attention_forward(
     deterministic: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output `[B, Lq, H, D]` and log-sum-exp fp32 `[H, B * Lq]` (log2 units) for q, k, v `[B, L, H, D]`."""
-    args = _bias_args(kind, bias, bidirectional, max_distance, q.shape[0], q.shape[2])
+    args = _bias_args(kind, bias, bidirectional, max_distance, q.shape[0], q.shape[2], line_of_table)
     problem = Problem(causal, scale, q_offset, dropout_p, max_q, max_k)
     return launch_forward(q, k, v, args, cu_q, cu_k, lengths_k, problem, seed)
 
@@ -285,7 +292,7 @@ def attention_backward(
 
     With `side_by_side`, which `torch.library` forbids its operators, gradients lie in one tensor where their inputs do.
     """
-    args = _bias_args(kind, bias, bidirectional, max_distance, q.shape[0], q.shape[2])
+    args = _bias_args(kind, bias, bidirectional, max_distance, q.shape[0], q.shape[2], line_of_table)
     problem = Problem(causal, scale, q_offset, dropout_p, max_q, max_k)
     dq, dk, dv, dbias = launch_backward(
         grad, q, k, v, out, lse, args, cu_q, cu_k, lengths_k, problem, seed, deterministic, bias_gradient,
@@ -295,7 +302,7 @@ def attention_backward(
         dbias = q.new_empty(0)
     elif kind == T5_BIAS:
         buckets = line_buckets(bidirectional, bias.shape[0], max_distance, bias.device)
-        dbias = reduce_line(dbias, buckets, bias.shape[0]).to(bias.dtype)
+        dbias = table_gradient(dbias, buckets, bias)
     return dq, dk, dv, dbias
 
 

@@ -40,6 +40,7 @@ RUNTIME_FILES = (
     "ops_attention_problem.py",
     "ops_attention_reference.py",
     "ops_attention_strips.py",
+    "ops_attention_table.py",
     "ops_cross_entropy.py",
     "ops_cross_entropy_kernels.py",
     "ops_dropout_tile.py",
