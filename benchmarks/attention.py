@@ -194,27 +194,30 @@ def draw(records: list[dict], device: str, path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.lines import Line2D
 
     head_dims, kinds = sorted({r["head_dim"] for r in records}), sorted({r["causal"] for r in records})
     columns = [(causal, way) for causal in kinds for way in ("forward", "backward")]
     figure, axes = pyplot.subplots(
         len(head_dims), len(columns), figsize=(4.2 * len(columns), 3.6 * len(head_dims)), squeeze=False, sharex=True
     )
+    lines: dict[str, Line2D] = {}
     for axis, (head_dim, (causal, way)) in zip(axes.flat, [(d, c) for d in head_dims for c in columns], strict=True):
         for name in PEERS:
             points = sorted((r["length"], r[f"{way}_tflops"]) for r in records if f"{way}_tflops" in r
                             and (r["peer"], r["head_dim"], r["causal"]) == (name, head_dim, causal))  # fmt: skip
             if points:
                 style = "-" if name.startswith("fat5") else "--"
-                axis.plot(*zip(*points, strict=True), style, marker="o", markersize=3, label=name)
+                color = f"C{list(PEERS).index(name)}"  # the same in every plot
+                (lines[name],) = axis.plot(*zip(*points, strict=True), style, color=color, marker="o", markersize=3)
         axis.set_title(f"{way}, head_dim {head_dim}{', causal' if causal else ''}", fontsize=10)
         axis.set_xscale("log", base=2)
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
     axes[0, 0].set_ylabel("TFLOPS")
-    axes[0, 0].legend(fontsize=7)
     figure.suptitle(f"Attention on {device}, bf16")
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0.05, 1, 1))
+    figure.legend(lines.values(), lines, loc="lower center", ncols=len(lines), fontsize=8)
     figure.savefig(path, dpi=110)
 
 
