@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import MT5Config, PreTrainedConfig, PreTrainedModel, T5Config, UMT5Config
+from transformers import MT5Config, PretrainedConfig, PreTrainedModel, T5Config, UMT5Config
 
 from fat5.model import FlashT5Config
 from fat5convert.layout import Layout
@@ -20,7 +20,7 @@ from fat5convert.recognise import Recognised
 from fat5convert.source import Checkpoint
 from fat5convert.streaming import attach_weights, without_weights
 
-_CONFIG_CLASSES: dict[str, type[PreTrainedConfig]] = {"t5": T5Config, "mt5": MT5Config, "umt5": UMT5Config}
+_CONFIG_CLASSES: dict[str, type[PretrainedConfig]] = {"t5": T5Config, "mt5": MT5Config, "umt5": UMT5Config}
 _CLASS_PREFIXES = {"t5": "T5", "mt5": "MT5", "umt5": "UMT5", "flash_t5": "FlashT5"}
 
 # Fields whose names and meanings stock T5 shares with FlashT5Config.

@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 from accelerate.hooks import attach_align_device_hook
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 _BLOCK = re.compile(r"(^|.*\.)block\.\d+")
 
 
 def streamed(
     model_class: type[PreTrainedModel],
-    config: PreTrainedConfig,
+    config: PretrainedConfig,
     weights: Mapping[str, torch.Tensor],
     implementation: str,
     dtype: torch.dtype,
@@ -34,7 +34,7 @@ def streamed(
 
 
 def without_weights(
-    model_class: type[PreTrainedModel], config: PreTrainedConfig, implementation: str, dtype: torch.dtype
+    model_class: type[PreTrainedModel], config: PretrainedConfig, implementation: str, dtype: torch.dtype
 ) -> Any:
     """A model on the meta device. Arguments as of `streamed`."""
     config._attn_implementation = implementation

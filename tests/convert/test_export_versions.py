@@ -127,6 +127,20 @@ def test_heads_in_both_lines(family: str, task: str, releases: dict[str, str], t
         assert (got - values).abs().max() <= 1e-5 * values.abs().max(), release
 
 
+@pytest.mark.parametrize("family", ["t5-v1.1", "umt5"])
+def test_the_converter_runs_on_both_lines(family: str, releases: dict[str, str], tmp_path: Path) -> None:
+    """With verification, on a checkpoint and on one with a head."""
+    write_checkpoint(tmp_path / "model", family)
+    write_headed(tmp_path / "headed", "SequenceClassification", family)
+    for release, path in releases.items():
+        for name in ("model", "headed"):
+            out = tmp_path / f"{name}-{release}"
+            run("from fat5convert.cli import main; main()", tmp_path / name, out, path=path, folder=tmp_path)
+            parity = json.loads((out / "parity.json").read_text())
+            assert parity["result"] == "same"
+            assert parity["versions"]["transformers"].startswith(release)
+
+
 TRANSLATE = """
 import json, sys, ctranslate2
 from ctranslate2.converters import TransformersConverter
