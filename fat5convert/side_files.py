@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from fat5.model import AUTO_MAP, FlashT5Config
+from fat5.model import AUTO_MAP, ENCODER_AUTO_MAP, FlashT5Config
 from fat5convert.families import FAMILIES
 from fat5convert.formats import TensorInfo
 from fat5convert.json_files import read_json, write_json
@@ -38,9 +38,7 @@ def write_config(
     encoder_only = not any(name.startswith("decoder.") for name in outputs)
     auto_map, architecture = AUTO_MAP, "FlashT5ForConditionalGeneration"
     if encoder_only:
-        architecture = "FlashT5EncoderModel"
-        encoder = AUTO_MAP["AutoModelForTextEncoding"]
-        auto_map = {"AutoConfig": AUTO_MAP["AutoConfig"], "AutoModel": encoder, "AutoModelForTextEncoding": encoder}
+        auto_map, architecture = ENCODER_AUTO_MAP, "FlashT5EncoderModel"
     config = FlashT5Config(**fields, architectures=[architecture])
     stated = raw.get("dtype", raw.get("torch_dtype"))
     if not keep or stated not in [short_name(dtype) for dtype in _MODEL_DTYPES]:
