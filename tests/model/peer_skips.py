@@ -16,6 +16,7 @@ BY_THE_SUITE = {
     r"(Model is not a|This model is not) composite( model\.)?": "one configuration, without others in it",
     r"No subconfigs so the test does not make sense": "the same",
     r"FlashT5\w+ does not support SDPA": "says so of models that are not composite",
+    r"FlashT5\w+ does not support grouped_mm": "for mixtures of experts",
     r"No conversion found for .*": "loads weights by their own names",
     r"No usage of the `capture_outputs` decorator\.": "outputs are collected in plain sight",
     r"Cannot capture hidden states, or cannot correctly set layer indices .*": "the same",
