@@ -1,7 +1,8 @@
 """The peer's tests: those that transformers runs on every model of its own, run on ours.
 
 They come with the source distribution of the installed release, which is fetched when the test runs. Its tests of
-`generate` are not in there, and so are not run; `test_model_generate.py` has what they look at.
+`generate` are not in there, and so are not run: test_model_generate.py and test_generate_outputs.py compare that with
+stock T5.
 """
 
 import os
