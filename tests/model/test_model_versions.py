@@ -117,7 +117,7 @@ for kind in KINDS:
 """
 
 
-@pytest.mark.parametrize(("writer", "reader"), permutations(RELEASES, 2))
+@pytest.mark.parametrize(("writer", "reader"), list(permutations(RELEASES, 2)))
 def test_heads_and_positions_cross_releases(writer, reader, releases, tmp_path):
     run(writer, releases, "-c", HEADS_AND_POSITIONS, HERE, cwd=tmp_path)
     files = sorted(tmp_path.glob("*.pt"))

@@ -20,7 +20,8 @@ def write_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
     )
     special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+    names = ["input_ids", "attention_mask"]  # as T5's
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_input_names=names, **special)
     wrapped.save_pretrained(folder)
     return wrapped
 
