@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from fat5.model import AUTO_MAP, FlashT5Config
+from fat5.model import AUTO_MAP, ENCODER_AUTO_MAP, FlashT5Config
 from fat5convert.families import FAMILIES
 from fat5convert.formats import TensorInfo
 from fat5convert.json_files import read_json, write_json
@@ -54,15 +54,10 @@ def write_config(
 
 def _auto_map(layout: Layout) -> dict[str, str]:
     """The auto-classes that find what they load in the file."""
-    if layout.is_language_model:
-        return AUTO_MAP
-    names = ["AutoConfig", "AutoModel", "AutoModelForTextEncoding"]
     if layout.head:
-        names.append(f"AutoModelFor{layout.head.task}")
-    auto_map = {name: AUTO_MAP[name] for name in names}
-    if layout.encoder_only:
-        auto_map["AutoModel"] = AUTO_MAP["AutoModelForTextEncoding"]
-    return auto_map
+        names = ["AutoConfig", "AutoModel", "AutoModelForTextEncoding", f"AutoModelFor{layout.head.task}"]
+        return {name: AUTO_MAP[name] for name in names}
+    return ENCODER_AUTO_MAP if layout.encoder_only else AUTO_MAP
 
 
 def write_side_files(folder: Path, checkpoint: Checkpoint, recognised: Recognised) -> None:

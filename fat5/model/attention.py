@@ -81,6 +81,7 @@ class FlashT5Attention(nn.Module):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
+        self.num_heads, self.head_dim = config.num_heads, config.d_kv
         inner_dim = config.num_heads * config.d_kv
         self.Wq = nn.Linear(config.d_model, inner_dim, bias=False)
         self.Wk = nn.Linear(config.d_model, inner_dim, bias=False)
@@ -156,7 +157,7 @@ class FlashT5Attention(nn.Module):
 
     def _split_heads(self, states: torch.Tensor) -> torch.Tensor:
         """`[B, L, H * Dk]` to `[B, H, L, Dk]`."""
-        return states.unflatten(-1, (self.config.num_heads, self.config.d_kv)).transpose(1, 2)
+        return states.view(*states.shape[:-1], self.num_heads, self.head_dim).transpose(1, 2)
 
     def _project(
         self,
@@ -204,6 +205,6 @@ class FlashT5Attention(nn.Module):
         if is_cross_attention:
             past_key_values.is_updated[self.layer_idx] = True
             return past_key_values.cross_attention_cache.update(key, value, self.layer_idx)
-        # transformers 4 takes the positions from here, 5 keeps count itself
-        positions = {"cache_position": mask.query_positions}
+        # a static cache of transformers 4 takes the positions from here, others keep count themselves
+        positions = {"cache_position": mask.query_positions} if isinstance(mask.query_offset, torch.Tensor) else None
         return past_key_values.self_attention_cache.update(key, value, self.layer_idx, positions)

@@ -82,8 +82,8 @@ class KernelLayout:
 
 
 def host_may_look(device: torch.device) -> bool:
-    """Whether values may be read back from `device`: not while a graph is compiled or captured."""
-    if torch.compiler.is_compiling():
+    """Whether values may be read back from `device`: not while a graph is compiled, traced or captured."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
 

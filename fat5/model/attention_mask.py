@@ -140,13 +140,19 @@ class AttentionMask:
         return packed_layout(queries if self.cross else keys, keys, keep_distances=not self.cross)
 
     def build_dense(self) -> "AttentionMask":
-        """Fill `allowed` and `visible`, and return the mask itself."""
-        allowed = None
+        """Fill `allowed` and `visible`, and return the mask itself.
+
+        On a CPU, where it costs little to look, a mask that hides nothing is left out, and spares every layer its use.
+        """
+        looks = self.device.type == "cpu" and host_may_look(self.device)
+        allowed, key_mask = None, self.key_mask
+        if looks and key_mask is not None and key_mask.all():
+            key_mask = None
         static_offset = isinstance(self.query_offset, torch.Tensor)
         if self.causal and (static_offset or self.key_length > self.query_offset + 1):
             allowed = (self.key_positions[None, :] <= self.query_positions[:, None])[None, None]
-        if self.key_mask is not None:
-            real = self.key_mask[:, None, None, :].to(self.device)
+        if key_mask is not None:
+            real = key_mask[:, None, None, :].to(self.device)
             allowed = real if allowed is None else allowed & real
         if self.query_segments is not None and self.key_segments is not None:
             queries = self.query_segments[:, None, :, None].to(self.device)
@@ -154,8 +160,9 @@ class AttentionMask:
             same = (queries == keys) & (keys != 0)
             allowed = same if allowed is None else allowed & same
         self.allowed = allowed
-        if allowed is not None and (self.key_mask is not None or self.query_segments is not None):
-            self.visible = allowed.any(dim=-1, keepdim=True)
+        if allowed is not None and (key_mask is not None or self.query_segments is not None):
+            visible = allowed.any(dim=-1, keepdim=True)
+            self.visible = None if looks and visible.all() else visible
         return self
 
     def additive(self, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:

@@ -18,6 +18,10 @@ AUTO_MAP = {
 }
 """Which class each auto-class loads: written to the `config.json` of every saved model."""
 
+ENCODER_AUTO_MAP = {name: cls for name, cls in AUTO_MAP.items() if name != "AutoModelForSeq2SeqLM"}
+ENCODER_AUTO_MAP["AutoModel"] = AUTO_MAP["AutoModelForTextEncoding"]
+"""The same where only an encoder is saved: `AutoModel`, which many libraries ask for, is that encoder."""
+
 
 class FlashT5Config(PretrainedConfig):
     """Shape and conventions of a FlashT5 model.
@@ -197,7 +201,8 @@ class FlashT5Config(PretrainedConfig):
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
         """Write `config.json` with the full `auto_map`, whichever way the model's class was found."""
-        self.auto_map = dict(AUTO_MAP)
+        encoder_alone = self.architectures == ["FlashT5EncoderModel"]
+        self.auto_map = dict(ENCODER_AUTO_MAP if encoder_alone else AUTO_MAP)
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def _validate_fields(self) -> None:

@@ -2,7 +2,7 @@
 
 import torch
 from torch import nn
-from transformers.utils import ModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from .configuration_flash_t5 import FlashT5Config
 from .packed_inputs import read_segments
@@ -32,7 +32,7 @@ class FlashT5EncoderModel(FlashT5PreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-    ) -> ModelOutput | tuple[torch.Tensor, ...]:
+    ) -> BaseModelOutputWithPastAndCrossAttentions | tuple[torch.Tensor, ...]:
         """Last hidden state `[B, Le, D]` and the rest. Arguments as in `FlashT5EncoderDecoder.run`."""
         states = self.embed(input_ids, inputs_embeds)
         segments = read_segments(

@@ -78,7 +78,8 @@ class FlashT5PreTrainedModel(PreTrainedModel):
             reason = "does not exist here"
         if reason is not None:
             raise ValueError(
-                f"attn_implementation={implementation!r} {reason}: FlashT5 runs on {', '.join(ATTENTION_FUNCTIONS)}."
+                f'Specified `attn_implementation="{implementation}"` is not supported: it {reason}. FlashT5 runs on '
+                f"{', '.join(ATTENTION_FUNCTIONS)}."
             )
         return implementation
 

@@ -137,3 +137,17 @@ def test_who_is_not_served(kernels, monkeypatch):
     assert mask().prepare("sdpa", torch.float32, 64).layout is None
     monkeypatch.setattr(fat5.model.attention_mask, "kernels_serve", lambda _: False)
     assert mask().prepare("fat5", torch.float32, 64).layout is None
+
+
+def test_a_mask_that_hides_nothing_is_left_out_unless_a_trace_would_keep_that():
+    nothing, rows = torch.ones_like(RIGHT), RIGHT[:2]
+    assert mask(3, 4, cross=True, key_mask=nothing).build_dense().allowed is None
+    built = mask(3, 4, cross=True, key_mask=rows).build_dense()
+    assert torch.equal(built.allowed[:, 0, 0], rows)
+    assert built.visible is None
+    assert mask(3, 4, cross=True, key_mask=RIGHT).build_dense().visible.flatten().tolist() == [True, True, False]
+
+    def attend(key_mask):
+        return mask(3, 4, cross=True, key_mask=key_mask).build_dense().additive(None, torch.float32)
+
+    assert torch.equal(torch.jit.trace(attend, nothing)(RIGHT), attend(RIGHT))

@@ -5,10 +5,9 @@ import re
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from toy_repo import write_repo
 
-from fat5.model import FlashT5Config, FlashT5ForConditionalGeneration
+from fat5.model import FlashT5Config
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -26,17 +25,7 @@ def run_blocks(page: str) -> dict:
 @pytest.fixture
 def converted(tmp_path, monkeypatch):
     """A small repo by the name that the pages use, in the current folder."""
-    words = ["<pad>", "</s>", "<unk>", "a", "fine", "dull", "film", "music", "which"]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
-    )
-    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(tmp_path / "flan-t5-small-fat5")
-    shape = {"vocab_size": 16, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 2}
-    config = FlashT5Config(**shape, feed_forward_proj="gated-gelu", tie_word_embeddings=False)
-    FlashT5ForConditionalGeneration(config).save_pretrained(tmp_path / "flan-t5-small-fat5")
+    write_repo(tmp_path / "flan-t5-small-fat5")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -31,7 +31,8 @@ def releases(tmp_path_factory) -> dict[str, str]:
 
 
 def run(release: str, paths: dict[str, str], *arguments, cwd: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": paths[release], "HF_HOME": str(cwd / f"hf_{release}")}
+    path = os.pathsep.join(filter(None, [paths[release], str(HERE.parents[1])]))
+    environment = {**os.environ, "PYTHONPATH": path, "HF_HOME": str(cwd / f"hf_{release}")}
     result = subprocess.run(
         [sys.executable, *map(str, arguments)], cwd=cwd, env=environment, capture_output=True, text=True, check=False
     )
@@ -89,3 +90,37 @@ def test_repositories_cross_releases(writer, reader, head, releases, tmp_path):
     fresh = HERE / "fresh_process.py"
     run(reader, releases, fresh, "first", "expected.pt", "second", "delete", cwd=tmp_path)
     run(writer, releases, fresh, "second", "expected.pt", cwd=tmp_path)
+
+
+HEADS_AND_POSITIONS = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+from model_parity import batch
+from position_kinds import KINDS, kind_model
+from test_model_heads import HEADS, head_batch, new_model
+
+def save(name, auto_class, model, inputs, output):
+    model.save_pretrained(name)
+    with torch.no_grad():
+        expected = model(**inputs)[output]
+    case = {"auto_class": auto_class, "folder": name, "inputs": inputs, "output": output, "expected": expected}
+    torch.save(case, name + ".pt")
+
+for head, (_, _, auto) in HEADS.items():
+    for reads_decoder in (False, True) if head != "tokens" else (False,):
+        model = new_model(head, head_reads_decoder=reads_decoder)
+        inputs = head_batch(head)
+        save(f"{head}_{reads_decoder}", auto.__name__, model, inputs, "start_logits" if head == "answer" else "logits")
+for kind in KINDS:
+    inputs = {name: value for name, value in batch("left").items() if name != "labels"}
+    save(kind, "AutoModelForSeq2SeqLM", kind_model(kind, "sdpa"), inputs, "logits")
+"""
+
+
+@pytest.mark.parametrize(("writer", "reader"), list(permutations(RELEASES, 2)))
+def test_heads_and_positions_cross_releases(writer, reader, releases, tmp_path):
+    run(writer, releases, "-c", HEADS_AND_POSITIONS, HERE, cwd=tmp_path)
+    files = sorted(tmp_path.glob("*.pt"))
+    assert len(files) == 13
+    run(reader, releases, HERE / "fresh_heads.py", *files, cwd=tmp_path)
+    run(writer, releases, HERE / "fresh_heads.py", *files, cwd=tmp_path)  # the reader has saved them again

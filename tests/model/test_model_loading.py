@@ -1,0 +1,79 @@
+"""Loading as `from_pretrained` offers it: spread over devices and disk, in another dtype, without a second copy."""
+
+import pytest
+import torch
+from model_parity import SHAPE, batch, randomise, relative_error
+from transformers import AutoModelForSeq2SeqLM
+
+from fat5.model import FlashT5Config, FlashT5EncoderModel, FlashT5ForConditionalGeneration
+
+
+@pytest.fixture
+def saved(tmp_path):
+    model = FlashT5ForConditionalGeneration(FlashT5Config(**SHAPE, feed_forward_proj="gated-gelu")).eval()
+    randomise(model)
+    model.save_pretrained(tmp_path)
+    return model
+
+
+def size(model):
+    return sum(weight.numel() * weight.element_size() for weight in model.parameters())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("cls", "part"),
+    [(FlashT5ForConditionalGeneration, 0.8), (FlashT5ForConditionalGeneration, 0.5), (FlashT5EncoderModel, 0.8)],
+)
+def test_what_memory_does_not_hold_lies_on_disk(cls, part, saved, tmp_path):
+    whole = cls.from_pretrained(tmp_path).eval()
+    loaded = cls.from_pretrained(
+        tmp_path,
+        device_map="auto",
+        max_memory={"cpu": int(part * size(whole))},
+        offload_folder=tmp_path / "offload",
+    )
+    assert set(loaded.hf_device_map.values()) == {"cpu", "disk"}
+    blocks = {name for name in loaded.hf_device_map if ".block." in name}
+    assert all(name.split(".block.")[1].isdigit() for name in blocks)  # no block is torn apart
+    inputs = batch("right")
+    if cls is FlashT5EncoderModel:
+        inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        assert torch.equal(loaded(**inputs).last_hidden_state, whole(**inputs).last_hidden_state)
+        return
+    assert torch.equal(loaded(**inputs).logits, whole(**inputs).logits)
+    options = {"max_new_tokens": 6, "num_beams": 2}
+    assert torch.equal(loaded.generate(inputs["input_ids"], **options), whole.generate(inputs["input_ids"], **options))
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_what_the_gpu_does_not_hold_lies_in_memory(saved, tmp_path):
+    loaded = FlashT5ForConditionalGeneration.from_pretrained(
+        tmp_path, device_map="auto", max_memory={0: int(0.6 * size(saved)), "cpu": "1GB"}
+    )
+    assert set(loaded.hf_device_map.values()) == {0, "cpu"}
+    inputs = batch("right")
+    logits = loaded(**{name: value.cuda() for name, value in inputs.items()}).logits.cpu()
+    assert relative_error(logits, saved(**inputs).logits) < 1e-3
+
+
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+@pytest.mark.parametrize("auto", [False, True])
+def test_dtype(name, auto, saved, tmp_path):
+    folder = tmp_path / "half"
+    saved.to(torch.bfloat16).save_pretrained(folder)
+    asked = "auto" if auto else torch.float32
+    loaded = AutoModelForSeq2SeqLM.from_pretrained(folder, trust_remote_code=True, **{name: asked})
+    assert {weight.dtype for weight in loaded.parameters()} == {torch.bfloat16 if auto else torch.float32}
+    for key, weight in saved.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key].to(weight.dtype), weight), key
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{"low_cpu_mem_usage": True}, {"device_map": "cpu"}, {"device_map": "auto"}])
+def test_without_a_second_copy(options, saved, tmp_path):
+    loaded = FlashT5ForConditionalGeneration.from_pretrained(tmp_path, **options).cpu()
+    assert not any(weight.is_meta for weight in loaded.state_dict().values())
+    inputs = batch("left")
+    assert torch.equal(loaded(**inputs).logits, saved(**inputs).logits)
