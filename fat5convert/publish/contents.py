@@ -71,9 +71,7 @@ class Contents:
             wanted = name in named or any(fnmatch.fnmatchcase(name, pattern) for pattern in modules)
             outside = not (folder / name).resolve().is_relative_to(folder.resolve())
             if wanted and outside:
-                raise ConvertError(
-                    f"{folder / name}: is a link that leads out of the folder; put the file itself there"
-                )
+                raise ConvertError(f"{folder / name}: a link that leads out of the folder; put the file itself there")
             if wanted and (folder / name).is_file():
                 upload.append(name)
             elif name != CARD:

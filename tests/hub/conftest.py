@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub_client import READS, WRITES, Pusher, write_stock
+from hub_client import READS, WRITES, Pusher, User, write_stock
 from hub_server import Hub
 from hub_store import Store
 
@@ -49,14 +49,23 @@ def hub(session_hub: Hub) -> Hub:
 
 @pytest.fixture(scope="session")
 def session_pusher(session_hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pusher]:
-    pusher = Pusher(session_hub, tmp_path_factory.mktemp("home") / "hf")
+    pusher = Pusher("push_server.py", session_hub, tmp_path_factory.mktemp("home") / "hf")
     yield pusher
-    pusher.process.stdin.close()
-    pusher.process.wait()
+    pusher.stop()
 
 
 @pytest.fixture
 def push(hub: Hub, session_pusher: Pusher) -> Pusher:
-    """`push(OUT, REPO_ID, ...)`; as alice, who may write, if no token is named."""
-    shutil.rmtree(session_pusher.home, ignore_errors=True)
     return session_pusher
+
+
+@pytest.fixture(scope="session")
+def session_user(session_hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[User]:
+    user = User("user_server.py", session_hub, tmp_path_factory.mktemp("user") / "hf")
+    yield user
+    user.stop()
+
+
+@pytest.fixture
+def user(hub: Hub, session_user: User) -> User:
+    return session_user

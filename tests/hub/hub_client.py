@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -42,36 +43,6 @@ class Done:
         return self.out.splitlines()[-1]
 
 
-class Pusher:
-    """Gives `fat5convert push` to a process that has imported everything."""
-
-    def __init__(self, hub: Hub, home: Path) -> None:
-        self.home = home
-        environment = client_environment(hub, home)
-        self.process = subprocess.Popen(
-            [sys.executable, str(HERE / "push_server.py")],
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert self.process.stdout.readline() == "ready\n"
-
-    def __call__(
-        self, *arguments: object, status: int = 0, token: str | None = WRITES, load: bool = False, **environment: str
-    ) -> Done:
-        home_token = self.home / "token"
-        home_token.parent.mkdir(exist_ok=True)
-        home_token.write_text(token) if token else home_token.unlink(missing_ok=True)
-        request = {"arguments": ["push", *map(str, arguments)], "environment": environment, "load": load}
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        done = Done(**json.loads(self.process.stdout.readline()))
-        assert done.status == status, done.out + done.err
-        assert "Traceback" not in done.err
-        return done
-
-
 def client_environment(hub: Hub, home: Path, **changes: str) -> dict[str, str]:
     """Environment of a process that talks to this Hub, and has no token but what lies in `home`."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
@@ -81,10 +52,51 @@ def client_environment(hub: Hub, home: Path, **changes: str) -> dict[str, str]:
     return kept | {"PYTHONPATH": paths} | settings | quiet | changes
 
 
-def fresh(hub: Hub, home: Path, script: Path, *arguments: Any, **changes: str) -> str:
-    """Run a script in a process of its own that sees no `fat5` and has an empty cache."""
-    environment = client_environment(hub, home, PYTHONPATH="", **changes)
-    command = [sys.executable, "-P", str(script), *map(str, arguments)]
-    done = subprocess.run(command, env=environment, cwd=home.parent, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+class ForkServer:
+    """A process that has imported everything and forks for each request; see fork_server.py."""
+
+    def __init__(self, script: str, hub: Hub, home: Path, **environment: str) -> None:
+        self.home = home
+        self.process = subprocess.Popen(
+            [sys.executable, str(HERE / script)],
+            env=client_environment(hub, home, **environment),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self.process.stdout.readline() == "ready\n"
+
+    def ask(self, token: str | None, **request: Any) -> Done:
+        """Have it done, with nothing in the cache but this token."""
+        shutil.rmtree(self.home, ignore_errors=True)
+        self.home.mkdir()
+        if token:
+            (self.home / "token").write_text(token)
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        return Done(**json.loads(self.process.stdout.readline()))
+
+    def stop(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+class Pusher(ForkServer):
+    """`push(OUT, REPO_ID, ...)`: the command, as alice, who may write, if no token is named."""
+
+    def __call__(
+        self, *arguments: object, status: int = 0, token: str | None = WRITES, load: bool = False, **environment: str
+    ) -> Done:
+        command = ["push", *map(str, arguments)]
+        done = self.ask(token, arguments=command, environment=environment, load=load)
+        assert done.status == status, done.out + done.err
+        assert "Traceback" not in done.err
+        return done
+
+
+class User(ForkServer):
+    """`user("action", ...)`: what user_server.py does, where there is no FAT5."""
+
+    def __call__(self, action: str, token: str | None = WRITES, **arguments: object) -> None:
+        done = self.ask(token, action=action, arguments=arguments)
+        assert done.status == 0, done.out + done.err

@@ -197,6 +197,7 @@ class Hub:
             elif self.store.capacity is not None and kept + size > self.store.capacity:
                 said["error"] = {"code": 413, "message": "Storage quota exceeded for alice"}
             else:
+                kept += size
                 verify = {"href": f"{self.url}/{repo.id}.git/info/lfs/verify"}
                 upload: dict = {"href": f"{self.storage.url}/{sha}"}
                 if size >= PARTS_FROM:

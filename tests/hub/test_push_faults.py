@@ -1,4 +1,4 @@
-"""What goes wrong on the way: each fault ends in success, or in a message and a state from which the command goes on."""
+"""What goes wrong on the way: it ends in success, or in a message and a state from which the same command goes on."""
 
 import pytest
 from hub_http import Fault
@@ -25,7 +25,7 @@ def uploads(hub):
     ("where", "fault"),
     [
         ("server", Fault("POST", COMMIT, 500)),
-        ("server", Fault("POST", COMMIT, 503, times=2)),
+        pytest.param("server", Fault("POST", COMMIT, 503, times=3), marks=pytest.mark.slow),
         ("server", Fault("POST", COMMIT, "drop")),
         ("server", Fault("POST", COMMIT, "lose")),
         ("storage", Fault("PUT", r"/\w+", 500)),
@@ -48,8 +48,8 @@ def test_passing_faults_end_in_success(hub, push, out, where, fault):
 
 
 LASTING = [
-    (Fault("POST", COMMIT, 500, times=4), "fails"),
-    (Fault("POST", COMMIT, "drop", times=4), "fails"),
+    pytest.param(Fault("POST", COMMIT, 500, times=4), "fails", marks=pytest.mark.slow),
+    pytest.param(Fault("POST", COMMIT, "drop", times=4), "fails", marks=pytest.mark.slow),
     (Fault("POST", COMMIT, 403), "write access to alice"),
     (Fault("POST", COMMIT, 401), "expired or revoked"),
     (Fault("POST", COMMIT, 413), "no room"),
@@ -67,8 +67,7 @@ def test_lasting_faults_are_explained_and_the_same_command_goes_on(hub, push, ou
     fault = Fault(fault.method, fault.path, fault.kind, fault.times)
     hub.server.faults.append(fault)
     failed = push(out, REPO, *YES, status=1)
-    assert message in failed.err
-    assert failed.err.count("\n") <= 12, "no flood"
+    assert message in failed.err.splitlines()[-1]
     assert REPO not in hub.store.repos or len(hub.store.repos[REPO].titles()) == 1, "all or nothing"
     assert push(out, REPO, *YES).url == f"{hub.url}/{REPO}"
     assert complete(hub, out)
