@@ -7,7 +7,9 @@ import base64
 import hashlib
 import json
 import re
+import time
 from collections.abc import Callable
+from pathlib import Path
 
 import yaml
 from hub_http import Answer, Request, Server
@@ -25,6 +27,8 @@ class Hub:
         self.store = Store(tokens={"hf_alice_writes": ("alice", "write"), "hf_alice_reads": ("alice", "read")})
         self.store.tokens["hf_bob_writes"] = ("bob", "write")
         self.parts: dict[tuple[str, int], bytes] = {}
+        self.chunks: Path | None = None  # of Xet, where files are uploaded that way
+        self.xet_hashes: dict[str, str] = {}  # by SHA-256; the true Hub learns them from what is uploaded
         self.storage = Server(self.keep)
         self.answering: Respond | None = None  # asked before the Hub is, by a test that has something to do meanwhile
         self.server = Server(lambda request: (self.answering or self.answer)(request))
@@ -45,6 +49,7 @@ class Hub:
             ("GET", rf"{repo}/discussions", self.discussions),
             ("POST", r"/(?P<id>[^/]+/[^/]+)\.git/info/lfs/objects/batch", self.batch),
             ("POST", r"/(?P<id>[^/]+/[^/]+)\.git/info/lfs/verify", self.verify),
+            ("GET", rf"{repo}/xet-(?P<kind>read|write)-token/(?P<rev>.+)", self.xet_token),
             ("POST", r"/complete/(?P<sha>\w+)", self.complete),
             ("GET", r"/(?P<id>[^/]+/[^/]+)/resolve/(?P<rev>refs/pr/\d+|[^/]+)/(?P<path>.+)", self.resolve),
         ]
@@ -164,6 +169,9 @@ class Hub:
         if file.sha256 is None:
             return Answer(200, file.data, found | {"ETag": f'"{file.oid}"'})
         found |= {"X-Linked-Size": str(file.size), "X-Linked-Etag": f'"{file.sha256}"'}
+        if file.sha256 in self.xet_hashes:
+            route = f"{self.url}/api/models/{repo.id}/xet-read-token/{commit.oid}"
+            found |= {"X-Xet-Hash": self.xet_hashes[file.sha256], "X-Xet-Refresh-Route": route}
         return Answer(302, b"", found | {"Location": f"{self.storage.url}/{file.sha256}"})
 
     # ---- uploads and commits
@@ -230,6 +238,14 @@ class Hub:
         self.store.large[sha] = data
         return Answer()
 
+    def xet_token(self, request: Request, repo: Repo, kind: str, rev: str) -> Answer:
+        """Where Xet's client is to keep chunks: a folder on this machine, which it takes in the place of a server."""
+        if kind == "write" and (refused := self.may_write(request, repo.id.split("/")[0])):
+            return refused
+        cas, expiry = f"local://{self.chunks}", int(time.time()) + 3600
+        headers = {"X_Xet_Cas_Url": cas, "X_Xet_Access_Token": "xet_token", "X_Xet_Token_Expiration": str(expiry)}
+        return Answer.json({"casUrl": cas, "accessToken": "xet_token", "exp": expiry}, **headers)
+
     def complete(self, request: Request, sha: str) -> Answer:
         numbers = [part["partNumber"] for part in request.json["parts"]]
         return self.put(sha, b"".join(self.parts.pop((sha, n)) for n in numbers))
@@ -275,8 +291,9 @@ class Hub:
             if line["key"] == "file":
                 files[value["path"]] = File.small(base64.b64decode(value["content"]))
             elif line["key"] == "lfsFile":
-                data = self.store.large[value["oid"]]
-                files[value["path"]] = File.large(value["oid"], len(data))
+                if self.chunks is None and value["oid"] not in self.store.large:
+                    raise KeyError(value["path"])
+                files[value["path"]] = File.large(value["oid"], value["size"])
             elif line["key"] == "deletedFile":
                 del files[value["path"]]
         return files
