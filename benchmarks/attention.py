@@ -28,8 +28,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from fat5.model.ops_attention import INTERPRETED, attention
 from fat5.model.ops_attention_bias import T5Bias, bias_line, expand_table
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "ops"))
 if INTERPRETED:
-    sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "ops"))
     from triton_interpreter import mend
 
     mend()
@@ -173,6 +173,22 @@ def measure(name: str, head_dim: int, length: int, tokens: int, causal: bool, re
     }
 
 
+def check_kernels() -> tuple[list[dict], list[str]]:
+    """Resources of the kernels that were launched, and which of them spill more than is known or do not fit."""
+    if not ON_GPU:
+        return [], []
+    from kernel_resources import KNOWN_SPILLS, SHARED_MEMORY, compiled_so_far
+
+    major, minor = torch.cuda.get_device_capability()
+    kernels, wrong = compiled_so_far(), []
+    for kernel in kernels:
+        if kernel["stack"] > KNOWN_SPILLS.get(kernel["kernel"], kernel["stack"]):
+            wrong.append(f"{kernel['kernel']} spills {kernel['stack']} bytes")
+        if kernel["shared"] > SHARED_MEMORY[10 * major + minor]:
+            wrong.append(f"{kernel['kernel']} wants {kernel['shared']} bytes of shared memory")
+    return kernels, wrong
+
+
 def print_table(records: list[dict]) -> None:
     """One row per peer, one column per length: forward / backward TFLOPS."""
     groups = sorted({(r["head_dim"], r["causal"]) for r in records})
@@ -194,27 +210,30 @@ def draw(records: list[dict], device: str, path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.lines import Line2D
 
     head_dims, kinds = sorted({r["head_dim"] for r in records}), sorted({r["causal"] for r in records})
     columns = [(causal, way) for causal in kinds for way in ("forward", "backward")]
     figure, axes = pyplot.subplots(
         len(head_dims), len(columns), figsize=(4.2 * len(columns), 3.6 * len(head_dims)), squeeze=False, sharex=True
     )
+    lines: dict[str, Line2D] = {}
     for axis, (head_dim, (causal, way)) in zip(axes.flat, [(d, c) for d in head_dims for c in columns], strict=True):
         for name in PEERS:
             points = sorted((r["length"], r[f"{way}_tflops"]) for r in records if f"{way}_tflops" in r
                             and (r["peer"], r["head_dim"], r["causal"]) == (name, head_dim, causal))  # fmt: skip
             if points:
                 style = "-" if name.startswith("fat5") else "--"
-                axis.plot(*zip(*points, strict=True), style, marker="o", markersize=3, label=name)
+                color = f"C{list(PEERS).index(name)}"  # the same in every plot
+                (lines[name],) = axis.plot(*zip(*points, strict=True), style, color=color, marker="o", markersize=3)
         axis.set_title(f"{way}, head_dim {head_dim}{', causal' if causal else ''}", fontsize=10)
         axis.set_xscale("log", base=2)
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
     axes[0, 0].set_ylabel("TFLOPS")
-    axes[0, 0].legend(fontsize=7)
     figure.suptitle(f"Attention on {device}, bf16")
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0.05, 1, 1))
+    figure.legend(lines.values(), lines, loc="lower center", ncols=len(lines), fontsize=8)
     figure.savefig(path, dpi=110)
 
 
@@ -244,10 +263,14 @@ def main() -> None:
                             measure(name, head_dim, length, arguments.tokens, causal == "yes", arguments.rep)
                         )
         path.write_text(json.dumps(about | {"tokens": arguments.tokens, "records": records}, indent=1) + "\n")
+    kernels, wrong = check_kernels()
+    about |= {"tokens": arguments.tokens, "kernels": kernels}
+    path.write_text(json.dumps(about | {"records": records}, indent=1) + "\n")
     print_table(records)
     draw(records, about["device"], path.with_suffix(".png"))
     skipped = sorted({f"{r['peer']}: {r['skipped']}" for r in records if "skipped" in r})
-    print("\n" + "\n".join([*skipped, f"written: {path} and its picture"]))
+    print("\n" + "\n".join([*skipped, *wrong, f"written: {path} and its picture"]))
+    sys.exit(bool(wrong))
 
 
 if __name__ == "__main__":

@@ -110,7 +110,8 @@ def test_logits_and_gradients(family, kind):
 
 @since_5_17
 @needs_kernels
-@pytest.mark.parametrize(("family", "kind"), [("t5", "right"), pytest.param("umt5", "left", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "kind"), [("t5", "right"), ("umt5", "left")])
 def test_generation(family, kind):
     model = build(*MODELS[family])
     inputs = inputs_of(kind, labels=False)
@@ -145,7 +146,8 @@ class LargestSquare(TorchDispatchMode):
 
 @since_5_17
 @needs_kernels
-@pytest.mark.parametrize(("family", "kind"), [("t5", "left"), pytest.param("umt5", "right", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "kind"), [("t5", "left"), ("umt5", "right")])
 def test_nothing_is_as_long_as_it_is_wide(family, kind):
     model = build(*MODELS[family])
     inputs = inputs_of(kind)

@@ -11,6 +11,7 @@ from .attention_mask import AttentionMask
 from .configuration_flash_t5 import FlashT5Config
 from .flash_attention import FLASH_ATTENTION, flash_attention
 from .fused_attention import fused_attention
+from .fused_linear import project
 from .position_alibi import AlibiPositionBias
 from .position_bias import build_position_bias, kernel_bias
 from .position_fire import FirePositionBias
@@ -113,10 +114,7 @@ class FlashT5Attention(nn.Module):
             Output, shaped as `hidden_states`; the bias: for the kernels T5's table `[num_buckets, H]` or ALiBi's slopes
             `[H]`, else `[B|1, H|1, Lq|1, Lk]`, or None; weights `[B, H, Lq, Lk]` or None.
         """
-        query = self._split_heads(self.Wq(hidden_states))
-        if mask.rotary is not None:
-            query = mask.rotary.rotate_query(query)
-        key, value = self._keys_and_values(hidden_states, mask, key_value_states, past_key_values)
+        query, key, value = self._project(hidden_states, mask, key_value_states, past_key_values)
         config, weights = self.config, None
         dropout = config.dropout_rate if self.training else 0.0
         if mask.layout is not None:
@@ -160,27 +158,40 @@ class FlashT5Attention(nn.Module):
         """`[B, L, H * Dk]` to `[B, H, L, Dk]`."""
         return states.unflatten(-1, (self.config.num_heads, self.config.d_kv)).transpose(1, 2)
 
-    def _keys_and_values(
+    def _project(
         self,
         hidden_states: torch.Tensor,
         mask: AttentionMask,
         key_value_states: torch.Tensor | None,
         past_key_values: EncoderDecoderCache | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries `[B, H, Lq, Dk]`, keys and values `[B, H, Lk, Dk]`, or packed as the stack is, rotated if need be."""
+        if key_value_states is None:
+            states = project(hidden_states, (self.Wq, self.Wk, self.Wv))
+        elif past_key_values is not None and past_key_values.is_updated.get(self.layer_idx):
+            cached: Any = past_key_values.cross_attention_cache.layers[self.layer_idx]
+            return self._split_heads(self.Wq(hidden_states)), cached.keys, cached.values
+        else:
+            states = [self.Wq(hidden_states), *project(key_value_states, (self.Wk, self.Wv))]
+        query, key, value = map(self._split_heads, states)
+        if mask.rotary is not None:
+            query, key = mask.rotary.rotate_query(query), mask.rotary.rotate_key(key)
+        if past_key_values is not None:
+            key, value = self._extend_cache(key, value, mask, key_value_states is not None, past_key_values)
+        return query, key, value
+
+    def _extend_cache(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: AttentionMask,
+        is_cross_attention: bool,
+        past_key_values: EncoderDecoderCache,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values `[B, H, Lk, Dk]`, or packed as the stack is, through the cache if there is one.
+        """All keys and values `[B, H, Lk, Dk]` there are then, or packed as the stack is.
 
         What is cached is never packed: beams reorder its rows, and later queries come row by row.
         """
-        is_cross_attention = key_value_states is not None
-        if past_key_values is not None and is_cross_attention and past_key_values.is_updated.get(self.layer_idx):
-            cached: Any = past_key_values.cross_attention_cache.layers[self.layer_idx]
-            return cached.keys, cached.values
-        states = hidden_states if key_value_states is None else key_value_states
-        key, value = self._split_heads(self.Wk(states)), self._split_heads(self.Wv(states))
-        if mask.rotary is not None:
-            key = mask.rotary.rotate_key(key)
-        if past_key_values is None:
-            return key, value
         layout = mask.layout
         if layout is not None and layout.of_stack and layout.keys is not None:  # a prompt: the cache is still empty
             keys, values = (layout.keys.scatter(x[0].transpose(0, 1)) for x in (key, value))

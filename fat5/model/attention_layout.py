@@ -34,13 +34,13 @@ class PackedTokens:
     def unpack(self, packed: torch.Tensor) -> torch.Tensor:
         """`[1, T, D]` to `[B, L, D]`, zeros where there is no real token."""
         if self.order is None:
-            return packed[0].unflatten(0, self.shape)
+            return packed.squeeze(0).unflatten(0, self.shape)
         flat = packed.new_zeros(self.shape[0] * self.shape[1], packed.shape[2])
-        return flat.index_copy(0, self.order.to(packed.device), packed[0]).unflatten(0, self.shape)
+        return flat.index_copy(0, self.order.to(packed.device), packed.squeeze(0)).unflatten(0, self.shape)
 
     def gather(self, states: torch.Tensor) -> torch.Tensor:
         """`[B, H, L, D]` to `[T, H, D]`."""
-        return self.pack(states.transpose(1, 2).flatten(2))[0].unflatten(1, (states.shape[1], states.shape[3]))
+        return self.pack(states.transpose(1, 2).flatten(2)).squeeze(0).unflatten(1, (states.shape[1], states.shape[3]))
 
     def scatter(self, packed: torch.Tensor) -> torch.Tensor:
         """`[T, H, D]` to `[B, H, L, D]`, zeros where there is no real token."""
@@ -70,7 +70,9 @@ class KernelLayout:
         assert self.queries is not None
         assert self.keys is not None
         if self.of_stack:
-            return query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
+            # not [0], whose backward fills a new tensor and copies into it
+            query, key, value = query.squeeze(0), key.squeeze(0), value.squeeze(0)
+            return query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)
         return self.queries.gather(query), self.keys.gather(key), self.keys.gather(value)
 
     def unpack(self, output: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ from transformers.cache_utils import EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqModelOutput
 from transformers.utils import ModelOutput
 
+from .attention_layout import host_may_look
 from .configuration_flash_t5 import FlashT5Config
 from .packed_inputs import read_segments, require_a_pair, shift_right, until_last_label
 from .pretrained_flash_t5 import FlashT5PreTrainedModel
@@ -101,7 +102,8 @@ class FlashT5EncoderDecoder(FlashT5PreTrainedModel):
             start, pad = self.config.decoder_start_token_id, self.config.pad_token_id
             decoder_input_ids = shift_right(labels, ids, start, pad)
             padded = decoder_attention_mask is None and decoder_segments is None
-            if padded and self.decoder.may_pack(embeds.device, embeds.dtype):
+            # where lengths may not be read back, a mask is a matrix, and dearer than the padding
+            if padded and host_may_look(embeds.device) and self.decoder.may_pack(embeds.device, embeds.dtype):
                 decoder_attention_mask = until_last_label(labels)
         outputs = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
         if encoded is None:

@@ -53,12 +53,14 @@ if TYPE_CHECKING:
     from .ops_attention_problem import Problem as Problem
     from .ops_attention_reference import reference_attention as reference_attention
     from .ops_attention_strips import expand_strips as expand_strips
+    from .ops_attention_table import line_of_table as line_of_table
     from .ops_cross_entropy import cross_entropy as cross_entropy
     from .ops_cross_entropy_kernels import launch_loss as launch_loss
     from .ops_dropout_tile import keep_tile as keep_tile
     from .ops_gated_act import gated_act as gated_act
     from .ops_gated_act_kernels import activate as activate
     from .ops_linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
+    from .ops_operator import Operator as Operator
     from .ops_philox import philox as philox
     from .ops_rms_norm import add_rms_norm as add_rms_norm
     from .ops_rms_norm_kernels import launch_shape as launch_shape

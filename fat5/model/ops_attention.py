@@ -1,6 +1,7 @@
 """Attention with T5's position bias at the cost of attention without it: the public function and its operators."""
 
 import os
+from collections.abc import Callable
 
 import torch
 from torch.autograd import forward_ad
@@ -17,16 +18,17 @@ from .ops_attention_bias import (
     bias_line,
     expand_table,
     line_buckets,
-    reduce_line,
 )
 from .ops_attention_problem import Problem
 from .ops_attention_reference import reference_attention
+from .ops_operator import is_watched, operator
 
 try:
     import triton  # noqa: F401  (named here so that the loader of remote code sees a guarded import)
 
     from .ops_attention_backward import launch_backward
     from .ops_attention_forward import launch_forward
+    from .ops_attention_table import line_of_table, table_gradient
 
     HAS_KERNELS = True
 except ImportError:
@@ -124,7 +126,7 @@ def attention(
         _refuse_transforms(q, k, v)
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
-        out, _ = torch.ops.fat5.attention_forward(
+        out, _ = attention_forward(
             q, k, v, bias_tensor, cu_seqlens_q, cu_seqlens_k, key_lengths, seed, kind, bidirectional, max_distance,
             causal, scale, q_offset, dropout_p, max_seqlen_q, max_seqlen_k, deterministic,
         )  # fmt: skip
@@ -132,9 +134,9 @@ def attention(
         raise ValueError("attention on CUDA needs Triton: pip install 'fat5[gpu]', or use the sdpa implementation")
     else:
         problem = Problem(causal, scale, q_offset, dropout_p, max_seqlen_q, max_seqlen_k)
-        args = _bias_args(kind, bias_tensor, bidirectional, max_distance, q.shape[0], q.shape[2])
+        args = _bias_args(kind, bias_tensor, bidirectional, max_distance, q.shape[0], q.shape[2], expand_table)
         out = reference_attention(q, k, v, args, cu_seqlens_q, cu_seqlens_k, key_lengths, problem, seed)
-    return out[0] if packed else out.transpose(1, 2)
+    return out.squeeze(0) if packed else out.transpose(1, 2)
 
 
 def _check(
@@ -208,13 +210,19 @@ def _bias_operands(bias: T5Bias | AlibiBias | DenseBias | None) -> tuple[int, to
 
 
 def _bias_args(
-    kind: int, bias: torch.Tensor | None, bidirectional: bool, max_distance: int, batch: int, heads: int
+    kind: int,
+    bias: torch.Tensor | None,
+    bidirectional: bool,
+    max_distance: int,
+    batch: int,
+    heads: int,
+    expand: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
 ) -> BiasArgs:
-    """The bias as the launchers take it."""
+    """The bias as the launchers take it; `expand` makes T5's line of its table and buckets."""
     if kind == T5_BIAS and bias is not None:
         _, left, right = bias_line(bidirectional, bias.shape[0], max_distance)
         buckets = line_buckets(bidirectional, bias.shape[0], max_distance, bias.device)
-        return BiasArgs(kind, expand_table(bias, buckets), left, right, exact_dtype=bias.dtype)
+        return BiasArgs(kind, expand(bias, buckets), left, right, exact_dtype=bias.dtype)
     if kind == ALIBI_BIAS:
         return BiasArgs(kind, slopes=bias)
     if kind == DENSE_BIAS and bias is not None:
@@ -222,7 +230,7 @@ def _bias_args(
     return BiasArgs()
 
 
-@torch.library.custom_op("fat5::attention_forward", mutates_args=())
+@operator("fat5::attention_forward")
 def attention_forward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -244,7 +252,7 @@ def attention_forward(
     deterministic: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output `[B, Lq, H, D]` and log-sum-exp fp32 `[H, B * Lq]` (log2 units) for q, k, v `[B, L, H, D]`."""
-    args = _bias_args(kind, bias, bidirectional, max_distance, q.shape[0], q.shape[2])
+    args = _bias_args(kind, bias, bidirectional, max_distance, q.shape[0], q.shape[2], line_of_table)
     problem = Problem(causal, scale, q_offset, dropout_p, max_q, max_k)
     return launch_forward(q, k, v, args, cu_q, cu_k, lengths_k, problem, seed)
 
@@ -254,7 +262,7 @@ def _forward_shapes(q, k, v, bias, *options):  # type: ignore[no-untyped-def]  #
     return q.new_empty(q.shape), q.new_empty((q.shape[2], q.shape[0] * q.shape[1]), dtype=torch.float32)
 
 
-@torch.library.custom_op("fat5::attention_backward", mutates_args=())
+@operator("fat5::attention_backward")
 def attention_backward(
     grad: torch.Tensor,
     q: torch.Tensor,
@@ -278,37 +286,44 @@ def attention_backward(
     max_k: int,
     deterministic: bool,
     bias_gradient: bool,
+    side_by_side: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of q, k, v and, if `bias_gradient`, of the bias (else an empty tensor)."""
-    args = _bias_args(kind, bias, bidirectional, max_distance, q.shape[0], q.shape[2])
+    """Gradients of q, k, v and, if `bias_gradient`, of the bias (else an empty tensor).
+
+    With `side_by_side`, which `torch.library` forbids its operators, gradients lie in one tensor where their inputs do.
+    """
+    args = _bias_args(kind, bias, bidirectional, max_distance, q.shape[0], q.shape[2], line_of_table)
     problem = Problem(causal, scale, q_offset, dropout_p, max_q, max_k)
     dq, dk, dv, dbias = launch_backward(
-        grad, q, k, v, out, lse, args, cu_q, cu_k, lengths_k, problem, seed, deterministic, bias_gradient
-    )
+        grad, q, k, v, out, lse, args, cu_q, cu_k, lengths_k, problem, seed, deterministic, bias_gradient,
+        side_by_side,
+    )  # fmt: skip
     if dbias is None or bias is None:
         dbias = q.new_empty(0)
     elif kind == T5_BIAS:
         buckets = line_buckets(bidirectional, bias.shape[0], max_distance, bias.device)
-        dbias = reduce_line(dbias, buckets, bias.shape[0]).to(bias.dtype)
+        dbias = table_gradient(dbias, buckets, bias)
     return dq, dk, dv, dbias
 
 
 @attention_backward.register_fake
 def _backward_shapes(grad, q, k, v, out, lse, bias, *options):  # type: ignore[no-untyped-def]  # as above
-    dbias = bias.new_empty(bias.shape) if options[-1] and bias is not None else q.new_empty(0)
+    dbias = bias.new_empty(bias.shape) if options[-2] and bias is not None else q.new_empty(0)
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dbias
 
 
 def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]  # torch's own context object
     ctx.save_for_backward(*inputs[:8], *output)
     ctx.options = inputs[8:]
+    ctx.set_materialize_grads(False)  # the log-sum-exp is for backward alone
 
 
 def _backward(ctx, grad, _grad_lse):  # type: ignore[no-untyped-def]  # as above
     q, k, v, bias, cu_q, cu_k, lengths_k, seed, out, lse = ctx.saved_tensors
-    dq, dk, dv, dbias = torch.ops.fat5.attention_backward(
-        grad, q, k, v, out, lse, bias, cu_q, cu_k, lengths_k, seed, *ctx.options, ctx.needs_input_grad[3]
-    )
+    dq, dk, dv, dbias = attention_backward(
+        grad, q, k, v, out, lse, bias, cu_q, cu_k, lengths_k, seed, *ctx.options, ctx.needs_input_grad[3],
+        not is_watched(),
+    )  # fmt: skip
     return dq, dk, dv, dbias if ctx.needs_input_grad[3] else None, *[None] * (4 + len(ctx.options))
 
 

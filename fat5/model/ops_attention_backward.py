@@ -46,6 +46,7 @@ def launch_backward(
     seed: torch.Tensor | None = None,
     deterministic: bool = False,
     bias_gradient: bool = True,
+    side_by_side: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Gradients of q, k, v and the bias.
 
@@ -59,6 +60,8 @@ def launch_backward(
         problem: what the forward was called with.
         deterministic: dQ in a kernel of its own instead of by atomic additions (the bias gradient always is).
         bias_gradient: False to skip the gradient of the bias.
+        side_by_side: where q, k, v, or k and v, are slices of one projection, so are their gradients of its gradient,
+            which then needs no copy.
 
     Returns:
         dq, dk, dv in their inputs' shapes and dtypes, and the gradient of the line (fp32 `[H, left + right + 1]`) or of
@@ -72,7 +75,7 @@ def launch_backward(
     deterministic = deterministic or block_d > 128  # the fused kernel would spill most of its registers
     max_q, max_k = problem.max_seqlen_q, problem.max_seqlen_k
     rows_q = lse2.shape[1]
-    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    dq, dk, dv = empty_gradients(q, k, v) if side_by_side else [torch.empty_like(x) for x in (q, k, v)]
     delta = torch.empty_like(lse2)
     keys = backward_config("keys", block_d, q.element_size(), capability)
     queries = backward_config("queries", block_d, q.element_size(), capability)
@@ -186,6 +189,26 @@ def launch_backward(
             num_stages=near.num_stages, **variant,
         )  # fmt: skip
     return dq, dk, dv, dbias
+
+
+def empty_gradients(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> list[torch.Tensor]:
+    """Room for the gradients of q, k, v `[B, L, H, D]`, side by side for those that are."""
+    for alone in (0, 1):
+        slices = (q, k, v)[alone:]
+        batch, length, heads, head_dim = k.shape
+        width = heads * head_dim
+        pitch = len(slices) * width
+        strides = (pitch * length, pitch, head_dim, 1)
+        if all(
+            x.shape == k.shape
+            and x.stride()[batch == 1 :] == strides[batch == 1 :]  # that of a single row is anything
+            and x.untyped_storage().data_ptr() == k.untyped_storage().data_ptr()
+            and x.storage_offset() == slices[0].storage_offset() + index * width
+            for index, x in enumerate(slices)
+        ):
+            memory = torch.empty((batch, length, len(slices), heads, head_dim), dtype=k.dtype, device=k.device)
+            return [*(torch.empty_like(x) for x in (q,)[:alone]), *memory.unbind(2)]
+    return [torch.empty_like(x) for x in (q, k, v)]
 
 
 def _line_gradient(q, k, v, do, lse2, delta, bias, far, cu_q, cu_k, lengths_k, problem, config, variant, seed):

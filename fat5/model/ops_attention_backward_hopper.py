@@ -87,7 +87,7 @@ def near_bias(
     return is_needed, b_bias
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["max_q", "max_k", "q_offset", "near_blocks"])
 def fused_backward_kernel(
     q_desc, do_desc, p_k, p_v, p_lse, p_delta, p_dq_tiles, p_dk, p_dv, p_far, p_near, p_line, p_cu_q, p_cu_k,
     p_lengths_k, stride_kb, stride_kl, stride_kh, stride_vb, stride_vl, stride_vh, stride_dkb, stride_dkl, stride_dkh,

@@ -18,7 +18,7 @@ from .ops_attention_backward_tile import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows_q", "max_q", "max_k", "q_offset"])
 def backward_keys_kernel(
     p_q, p_k, p_v, p_do, p_lse, p_delta, p_dq_tiles, p_dk, p_dv, p_far, p_line, p_slopes, p_dense, p_cu_q, p_cu_k,
     p_lengths_k,

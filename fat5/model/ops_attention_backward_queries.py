@@ -20,7 +20,7 @@ from .ops_attention_backward_tile import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows_q", "max_q"])
 def delta_kernel(
     p_out, p_do, p_lse, p_delta, p_dq_tiles, p_lse_tiles, p_delta_tiles, p_cu_q, stride_ob, stride_ol, stride_oh,
     stride_gb, stride_gl, stride_gh, rows_q,
@@ -65,7 +65,7 @@ def delta_kernel(
         tl.store(p_tile + o_tile, tl.zeros([BLOCK_D, BLOCK_M], tl.float32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["max_q"])
 def dq_store_kernel(
     p_dq_tiles, p_dq, p_cu_q, stride_qb, stride_ql, stride_qh, max_q, scale, HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, REGISTER_ORDER: tl.constexpr,
@@ -98,7 +98,7 @@ def dq_store_kernel(
     store_rows(p_dq + h * stride_qh, b_dq, m0, len_q, stride_ql, BLOCK_M, HEAD_DIM, BLOCK_D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows_q", "max_q", "max_k", "q_offset"])
 def backward_queries_kernel(
     p_q, p_k, p_v, p_do, p_lse, p_delta, p_dq, p_line, p_slopes, p_dense, p_cu_q, p_cu_k, p_lengths_k,
     stride_qb, stride_ql, stride_qh, stride_kb, stride_kl, stride_kh, stride_vb, stride_vl, stride_vh,

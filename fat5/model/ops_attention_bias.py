@@ -96,9 +96,3 @@ def line_buckets(bidirectional: bool, num_buckets: int, max_distance: int, devic
 def expand_table(table: torch.Tensor, buckets: torch.Tensor) -> torch.Tensor:
     """Bias line fp32 `[H, R]` of a table `[num_buckets, H]`, for the buckets `[R]` of its distances."""
     return table.float()[buckets].t().contiguous()
-
-
-def reduce_line(gradient: torch.Tensor, buckets: torch.Tensor, num_buckets: int) -> torch.Tensor:
-    """Gradient fp32 `[num_buckets, H]` of the table from that of its line `[H, R]`, the same bits on every run."""
-    members = buckets[None, :] == torch.arange(num_buckets, device=buckets.device)[:, None]  # [num_buckets, R]
-    return torch.where(members[:, None, :], gradient[None, :, :], 0.0).sum(dim=-1)

@@ -37,7 +37,7 @@ def tile_score_gradient(
     return b_p * (b_dp - b_delta[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows_q", "max_q", "max_k", "q_offset", "blocks"])
 def near_tiles_kernel(
     p_q, p_k, p_v, p_do, p_lse, p_delta, p_line, p_tiles, p_cu_q, p_cu_k, p_lengths_k, p_block_segment,
     stride_qb, stride_ql, stride_qh, stride_kb, stride_kl, stride_kh, stride_vb, stride_vl, stride_vh,
@@ -116,7 +116,7 @@ def pad_line_kernel(p_line, p_padded, size, reach, factor, BLOCK: tl.constexpr):
     tl.store(p_padded + h * width + o_l, b_line * factor, mask=o_l < width)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def diagonal_sums_kernel(
     p_tiles,
     p_sums,
@@ -144,7 +144,7 @@ def diagonal_sums_kernel(
     tl.store(p_sums + tile * (tl.num_programs(1) * BLOCK_C) + o_c, tl.sum(b_sum, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def near_diagonals_kernel(p_near, p_sums, blocks, rows, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr):
     """Sums over all blocks of keys of the near sums `[H, blocks, rows, 16]`, of which column f of row y belongs to
     diagonal 8 y + f. Grid (heads, diagonals / BLOCK_C).
@@ -163,7 +163,7 @@ def near_diagonals_kernel(p_near, p_sums, blocks, rows, BLOCK_B: tl.constexpr, B
     tl.store(p_sums + h * (tl.num_programs(1) * BLOCK_C) + o_c, tl.sum(b_sum, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["far_pairs"])
 def line_gradient_kernel(
     p_sums, p_far, p_dline, offsets, first_distance, step, left, right, far_pairs, WIDTH: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_F: tl.constexpr,
@@ -197,7 +197,7 @@ def line_gradient_kernel(
     tl.store(p_dline + h * (left + right + 1) + o_l, b_line, mask=o_l <= left + right)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows_q", "batches", "max_q", "max_k", "q_offset"])
 def dense_gradient_kernel(
     p_q, p_k, p_v, p_do, p_lse, p_delta, p_dense, p_ddense, p_lengths_k,
     stride_qb, stride_ql, stride_qh, stride_kb, stride_kl, stride_kh, stride_vb, stride_vl, stride_vh,

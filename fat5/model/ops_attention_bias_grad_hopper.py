@@ -57,7 +57,7 @@ def issue_keys(k_desc, v_desc, k_buf, v_buf, bars, batch, row, h, count, RING: g
     tma.async_copy_global_to_shared(v_desc, [batch, row, h, 0], bars.index(slot), v_buf.index(slot))
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["max_q", "max_k", "q_offset", "items"])
 def near_sums_kernel(
     q_desc, do_desc, k_desc, v_desc, p_lse, p_delta, p_line, p_tiles, p_cu_q, p_cu_k, p_lengths_k, p_item_segment,
     heads, max_q, max_k, q_offset, scale, line_size, line_zero, left, right, first_shift, offsets, items,

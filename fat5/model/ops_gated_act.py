@@ -6,6 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from .ops_attention import DTYPES, kernels_serve
+from .ops_operator import operator
 from .ops_philox import draw_seed, elementwise_dropout
 
 try:
@@ -60,7 +61,7 @@ def gated_act(
     if seed is None:
         seed = draw_seed(dropout_p, x.device)
     if x.dtype in DTYPES and kernels_serve(x.device):
-        return torch.ops.fat5.gated_act_forward(x, up, seed, ACTIVATIONS[act], gated, dropout_p)
+        return gated_act_forward(x, up, seed, ACTIVATIONS[act], gated, dropout_p)
     return reference_gated_act(x, up, ACTIVATIONS[act], gated, dropout_p, seed)
 
 
@@ -95,7 +96,7 @@ def _halves(x: torch.Tensor, up: torch.Tensor | None, gated: bool) -> tuple[torc
     return x, up if up is None or up.stride(-1) == 1 else up.contiguous()
 
 
-@torch.library.custom_op("fat5::gated_act_forward", mutates_args=())
+@operator("fat5::gated_act_forward")
 def gated_act_forward(
     x: torch.Tensor, up: torch.Tensor | None, seed: torch.Tensor | None, act: int, gated: bool, dropout_p: float
 ) -> torch.Tensor:
@@ -109,7 +110,7 @@ def _forward_shape(x, up, seed, act, gated, dropout_p):  # type: ignore[no-untyp
     return x.new_empty((*x.shape[:-1], x.shape[-1] // (2 if gated and up is None else 1)))
 
 
-@torch.library.custom_op("fat5::gated_act_backward", mutates_args=())
+@operator("fat5::gated_act_backward")
 def gated_act_backward(
     dout: torch.Tensor,
     x: torch.Tensor,
@@ -142,7 +143,7 @@ def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-
 
 def _backward(ctx, dout):  # type: ignore[no-untyped-def]  # as above
     x, up, seed = ctx.saved_tensors
-    dx, dup = torch.ops.fat5.gated_act_backward(dout, x, up, seed, *ctx.options)
+    dx, dup = gated_act_backward(dout, x, up, seed, *ctx.options)
     return dx, None if up is None else dup, None, None, None, None
 
 

@@ -3,6 +3,7 @@
 import torch
 
 from .ops_attention import DTYPES, kernels_serve
+from .ops_operator import operator
 from .ops_philox import draw_seed, elementwise_dropout
 
 try:
@@ -56,7 +57,7 @@ def add_rms_norm(
     served = weight.numel() <= MAX_WIDTH and out_dtype in DTYPES and all(x.dtype in DTYPES for x in tensors)
     if not (served and kernels_serve(hidden_states.device)):
         return reference_add_rms_norm(hidden_states, branch, weight, eps, dropout_p, seed, out_dtype)
-    out, total, _ = torch.ops.fat5.rms_norm_forward(hidden_states, branch, weight, seed, eps, dropout_p, out_dtype)
+    out, total, _ = rms_norm_forward(hidden_states, branch, weight, seed, eps, dropout_p, out_dtype)
     return out, hidden_states if branch is None else total
 
 
@@ -93,7 +94,7 @@ def _check(hidden: torch.Tensor, branch: torch.Tensor | None, weight: torch.Tens
         raise ValueError(f"dropout_p must be at least 0 and below 1: got {dropout_p}")
 
 
-@torch.library.custom_op("fat5::rms_norm_forward", mutates_args=())
+@operator("fat5::rms_norm_forward")
 def rms_norm_forward(
     hidden: torch.Tensor,
     branch: torch.Tensor | None,
@@ -117,7 +118,7 @@ def _forward_shapes(hidden, branch, weight, seed, eps, dropout_p, out_dtype):  #
     return hidden.new_empty(hidden.shape, dtype=out_dtype), total, hidden.new_empty(rows, dtype=torch.float32)
 
 
-@torch.library.custom_op("fat5::rms_norm_backward", mutates_args=())
+@operator("fat5::rms_norm_backward")
 def rms_norm_backward(
     dout: torch.Tensor,
     dtotal: torch.Tensor | None,
@@ -162,7 +163,7 @@ def _backward(ctx, dout, dtotal, _drstd):  # type: ignore[no-untyped-def]  # as 
         dout = torch.zeros_like(total)
     if branch_dtype is None:
         dtotal = None
-    dhidden, dbranch, dweight = torch.ops.fat5.rms_norm_backward(
+    dhidden, dbranch, dweight = rms_norm_backward(
         dout, dtotal, total, weight, rstd, seed, ctx.dropout_p, hidden_dtype, branch_dtype
     )
     if branch_dtype is None:

@@ -17,7 +17,7 @@ WARPS_PER_MULTIPROCESSOR = 32
 """Enough rows in flight to hide the latency of memory (measured on an H200: 16 are too few at some widths)."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def forward_kernel(
     p_hidden, p_branch, p_weight, p_seed, p_out, p_total, p_rstd, rows, eps, dropped, scale,
     D: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, DROPOUT: tl.constexpr,
@@ -44,7 +44,7 @@ def forward_kernel(
         tl.store(p_out + o_row, (b_x * rstd * b_weight.to(tl.float32)).to(p_out.dtype.element_ty), mask=m_d)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def backward_kernel(
     p_dout, p_dtotal, p_total, p_weight, p_rstd, p_seed, p_dhidden, p_dbranch, p_partial, rows, dropped, scale,
     D: tl.constexpr, BLOCK: tl.constexpr, RESIDUAL: tl.constexpr, BRANCH: tl.constexpr, CLAMPED: tl.constexpr,
@@ -78,7 +78,7 @@ def backward_kernel(
     tl.store(p_partial + tl.program_id(0) * D + o_d, b_dweight, mask=m_d)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def sum_rows_kernel(p_partial, p_out, rows, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
     """Grid (blocks of columns): column sums of fp32 `[rows, D]`, always in the same order."""
     o_d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)

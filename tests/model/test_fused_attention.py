@@ -206,7 +206,8 @@ def test_dropout_in_training_only(monkeypatch):
 
 
 @needs_kernels
-@pytest.mark.parametrize(("family", "kind"), [("t5", "left"), pytest.param("umt5", "right", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "kind"), [("t5", "left"), ("umt5", "right")])
 def test_greedy_decoding(family, kind, paths):
     eager, fused = pair(family)
     inputs = inputs_of(kind)
@@ -259,7 +260,8 @@ def test_attention_weights_come_from_eager(paths):
 
 
 @needs_kernels
-@pytest.mark.parametrize("kind", [pytest.param("none", marks=pytest.mark.slow), "right"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["none", "right"])
 def test_compiles_to_one_graph(kind, paths):
     eager, fused = pair(num_layers=1)
     inputs = inputs_of(kind)

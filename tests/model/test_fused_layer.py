@@ -82,10 +82,23 @@ def test_one_product_for_both_projections(kernels, monkeypatch):
 
 
 @needs_kernels
-@pytest.mark.parametrize("target", ["wi_0", "lm_head"])
+def test_one_product_for_queries_keys_and_values(kernels, monkeypatch):
+    joined = []
+
+    def note(together, parts):
+        joined.append(parts)
+        return together.chunk(parts, -1)
+
+    monkeypatch.setattr(fused_linear_module.SplitColumns, "apply", note)
+    assert_alike(build(num_heads=1, d_kv=2), inputs_of(), kernels)
+    assert joined == [3, 3, 2], "self-attention of both stacks, and cross-attention"
+
+
+@needs_kernels
+@pytest.mark.parametrize("target", ["wi_0", "Wk", "lm_head"])
 def test_adapters_are_called(target, kernels):
     kernels(True)
-    model, inputs = build(d_ff=3), inputs_of()
+    model, inputs = build(d_ff=3, num_heads=1, d_kv=2), inputs_of()
     adapted = get_peft_model(model, LoraConfig(target_modules=[target], r=2, task_type="SEQ_2_SEQ_LM")).train()
     before, _ = loss_and_gradients(adapted, **inputs)
     with torch.no_grad():

@@ -15,17 +15,14 @@ import itertools
 import json
 import os
 import random
-import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from types import SimpleNamespace
 
 os.environ.pop("TRITON_INTERPRET", None)
 
 import torch
-import triton
+from kernel_resources import KNOWN_SPILLS, SHARED_MEMORY, compiled_so_far, kernel_functions
 from layer_launches import launch_layer, layer_variants
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -34,8 +31,8 @@ from triton.runtime.jit import JITFunction
 from fat5.model import ops_attention_backward, ops_attention_forward
 from fat5.model.ops_attention_bias import ALIBI_BIAS, DENSE_BIAS, T5_BIAS, BiasArgs, bias_line
 from fat5.model.ops_attention_problem import Problem
+from fat5.model.ops_attention_table import line_of_table, table_gradient
 
-SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448}  # bytes a block may use, by capability
 OPTIONS = {
     "capability": list(SHARED_MEMORY),
     "head_dim": [16, 64, 80, 128, 256],
@@ -56,8 +53,6 @@ FIRST = [
 ]
 TUNED = (90,)  # parts whose configurations were chosen by measuring
 FAST_HEAD_DIMS = (64, 128)
-# bytes a thread that the tuned kernels spill all the same; may only shrink
-KNOWN_SPILLS = {"forward_sm90_kernel": 32, "fused_backward_kernel": 120, "near_sums_kernel": 48}
 
 
 class AbsentGPU:
@@ -123,11 +118,13 @@ def pairwise(columns: list[list]) -> Iterator[tuple]:
 
 def compile_variant(variant: dict, launch: Callable[[dict], None]) -> list[dict]:
     """Run launchers with launching replaced by compiling; one record per kernel."""
-    compiled = []
     run = JITFunction.run
 
     def compile_only(self, *args, grid, warmup, **kwargs):
-        compiled.append(run(self, *args, grid=grid, warmup=True, **kwargs))
+        run(self, *args, grid=grid, warmup=True, **kwargs)
+
+    for function in kernel_functions():
+        function.device_caches.clear()
 
     torch.cuda.get_device_properties = lambda device: SimpleNamespace(multi_processor_count=132)
     driver.set_active(AbsentGPU(variant["capability"]))
@@ -139,7 +136,7 @@ def compile_variant(variant: dict, launch: Callable[[dict], None]) -> list[dict]
         launch(variant)
     finally:
         JITFunction.run = run
-    return [resources(kernel) for kernel in compiled]
+    return compiled_so_far()
 
 
 def launch_both(variant: dict) -> None:
@@ -151,32 +148,21 @@ def launch_both(variant: dict) -> None:
     cu = torch.tensor([0, 128, 256], dtype=torch.int32) if packed else None
     lengths = torch.tensor([256, 128], dtype=torch.int32) if variant["layout"] == "lengths" else None
     buckets, left, right = bias_line(not variant["causal"], 32, 128)
+    table = torch.zeros(32, heads, dtype=dtype)
     bias = {
         "none": BiasArgs(),
-        "t5": BiasArgs(T5_BIAS, torch.zeros(heads, len(buckets)), left, right, exact_dtype=dtype),
+        "t5": BiasArgs(T5_BIAS, line_of_table(table, buckets), left, right, exact_dtype=dtype),
         "alibi": BiasArgs(ALIBI_BIAS, slopes=torch.zeros(heads)),
         "dense": BiasArgs(DENSE_BIAS, dense=torch.zeros(2, heads, length, length, dtype=dtype)),
     }[variant["bias"]]
     problem = Problem(variant["causal"], 1.0, 0, 0.1 if variant["dropout"] else 0.0, length, length)
     seed = torch.zeros(1, dtype=torch.int64) if variant["dropout"] else None
     _, lse = ops_attention_forward.launch_forward(q, k, v, bias, cu, cu, lengths, problem, seed)
-    ops_attention_backward.launch_backward(
+    *_, dline = ops_attention_backward.launch_backward(
         grad, q, k, v, out, lse, bias, cu, cu, lengths, problem, seed, variant["deterministic"]
     )
-
-
-def resources(kernel) -> dict:
-    """Registers, spilled bytes and shared memory of a compiled kernel."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        tool = triton.knobs.nvidia.cuobjdump.path
-        text = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", text).groups()
-    used = {"registers": int(registers), "stack": int(stack), "shared": kernel.metadata.shared}
-    return {"kernel": kernel.metadata.name, **used}
+    if variant["bias"] == "t5":
+        table_gradient(dline, buckets, table)
 
 
 def complaints(variant: dict, kernels: list[dict]) -> list[str]:

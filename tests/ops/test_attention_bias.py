@@ -4,8 +4,9 @@ import pytest
 import torch
 from transformers.models.t5.modeling_t5 import T5Attention
 
-from fat5.model.ops_attention_bias import bias_line, expand_table, reduce_line
+from fat5.model.ops_attention_bias import bias_line, expand_table
 from fat5.model.ops_attention_strips import expand_strips, strip_origin
+from fat5.model.ops_attention_table import line_of_table, table_gradient
 
 TABLES = [(True, 32, 128), (False, 32, 128), (True, 8, 20), (False, 8, 20), (True, 64, 256), (False, 64, 128)]
 
@@ -25,13 +26,19 @@ def test_line_is_as_short_as_it_can_be(table, edges):
     assert bias_line(*table)[1:] == edges
 
 
-def test_reduce_line_is_the_transpose_of_expand_table():
-    buckets = bias_line(True, 32, 128).buckets
-    table = torch.randn(32, 3, dtype=torch.float64).float().requires_grad_()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", TABLES)
+def test_line_and_its_transpose(device, dtype, options):
+    buckets = bias_line(*options).buckets
+    table = torch.randn(3, options[1]).to(dtype).t().requires_grad_()
     line = expand_table(table, buckets)
     grad = torch.randn_like(line)
-    (expected,) = torch.autograd.grad(line, table, grad)
-    torch.testing.assert_close(reduce_line(grad, buckets, 32), expected)
+    (expected,) = torch.autograd.grad(expand_table(table.double(), buckets), table, grad.double())
+    on_device = buckets.to(device)
+    assert torch.equal(line_of_table(table.detach().to(device), on_device).cpu(), line)
+    got = table_gradient(grad.to(device), on_device, table.detach().to(device))
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.cpu(), expected, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,0 +1,69 @@
+"""Operators registered with `torch.library`, called without its dispatcher where nothing watches.
+
+A registered operator is what `torch.compile`, export, fake tensors and dispatch modes need. Each call of one with a
+gradient also costs more Python than the launch of its kernel, and a training step makes hundreds of calls; so eager
+code calls the same functions directly, under an `autograd.Function`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+
+class Operator:
+    """A function of tensors and plain numbers that mutates nothing, by its name in `torch.ops`.
+
+    Args:
+        name: `namespace::name`.
+        function: annotated as `torch.library.custom_op` requires.
+    """
+
+    def __init__(self, name: str, function: Callable[..., Any]) -> None:
+        self.function = function
+        self.definition = torch.library.custom_op(name, function, mutates_args=())
+        namespace, _, short = name.partition("::")
+        self.registered = getattr(getattr(torch.ops, namespace), short)
+        self.direct: type[torch.autograd.Function] | None = None
+
+    def register_fake(self, shapes: Callable[..., Any]) -> Callable[..., Any]:
+        """Give the function that makes outputs of the right shapes, and nothing else."""
+        return self.definition.register_fake(shapes)
+
+    def register_autograd(self, backward: Callable[..., Any], *, setup_context: Callable[..., Any]) -> None:
+        """Give the gradient, as `torch.library.register_autograd` takes it."""
+        self.definition.register_autograd(backward, setup_context=setup_context)
+        function = self.function
+
+        class Direct(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, *inputs: Any) -> Any:
+                output = function(*inputs)
+                setup_context(ctx, inputs, output)
+                return output
+
+            @staticmethod
+            @once_differentiable
+            def backward(ctx: Any, *gradients: torch.Tensor | None) -> Any:
+                return backward(ctx, *gradients)
+
+        self.direct = Direct
+
+    def __call__(self, *inputs: Any) -> Any:
+        """Call it, through the dispatcher only where somebody watches there."""
+        if is_watched():
+            return self.registered(*inputs)
+        return self.function(*inputs) if self.direct is None else self.direct.apply(*inputs)
+
+
+def operator(name: str) -> Callable[[Callable[..., Any]], Operator]:
+    """Decorator that makes an `Operator`."""
+    return lambda function: Operator(name, function)
+
+
+def is_watched() -> bool:
+    """Whether torch compiles, or a dispatch mode (fake tensors, tracing) or a `torch.func` transform is on."""
+    if torch.compiler.is_compiling():
+        return True
+    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.peek_interpreter_stack() is not None
