@@ -35,7 +35,7 @@ def _be(run: Callable[[dict], None], request: dict, outputs: list[str]) -> None:
     """Do it in the forked process, and leave without the parent's own ending."""
     for descriptor, path in enumerate(outputs, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(_keyboard(request["typed"]) if "typed" in request else os.open(os.devnull, os.O_RDONLY), 0)
     sys.stdin = open(0)  # noqa: SIM115 (the parent's has been read ahead of)
     os.environ.update(request.get("environment", {}))
     status = 0
@@ -49,3 +49,10 @@ def _be(run: Callable[[dict], None], request: dict, outputs: list[str]) -> None:
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os._exit(status)
+
+
+def _keyboard(typed: str) -> int:
+    """A terminal at which this has been typed."""
+    ours, theirs = os.openpty()
+    os.write(ours, typed.encode())
+    return theirs

@@ -85,10 +85,17 @@ class Pusher(ForkServer):
     """`push(OUT, REPO_ID, ...)`: the command, as alice, who may write, if no token is named."""
 
     def __call__(
-        self, *arguments: object, status: int = 0, token: str | None = WRITES, load: bool = False, **environment: str
+        self,
+        *arguments: object,
+        status: int = 0,
+        token: str | None = WRITES,
+        load: bool = False,
+        typed: str | None = None,
+        **environment: str,
     ) -> Done:
         command = ["push", *map(str, arguments)]
-        done = self.ask(token, arguments=command, environment=environment, load=load)
+        terminal = {"typed": typed} if typed is not None else {}
+        done = self.ask(token, arguments=command, environment=environment, load=load, **terminal)
         assert done.status == status, done.out + done.err
         assert "Traceback" not in done.err
         return done

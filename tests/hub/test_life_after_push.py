@@ -31,7 +31,13 @@ def test_loads_and_generates(hub, user, repo):
     assert any(request.method == "GET" for request in hub.storage.requests), "the weights came from the storage"
 
 
-@pytest.mark.parametrize("way", ["save_and_push", "train_and_push", "merge_and_push", "shard_and_push"])
+@pytest.mark.parametrize(
+    "way",
+    [
+        "save_and_push",
+        *(pytest.param(way, marks=pytest.mark.slow) for way in ("train_and_push", "merge_and_push", "shard_and_push")),
+    ],
+)
 def test_saved_and_pushed_again(hub, user, repo, tmp_path, way):
     folder = {"folder": str(tmp_path / "run")} if way in ("train_and_push", "shard_and_push") else {}
     kept = str(tmp_path / "logits.pt")
@@ -50,6 +56,7 @@ def test_every_intermediate_push_of_a_trainer_loads(hub, user, repo, tmp_path):
     user("check", repo=MINE, file=kept)
 
 
+@pytest.mark.slow
 def test_code_of_another_revision(hub, user, repo, tmp_path):
     pinned = repo.refs["main"]
     newer = hub.store.text(REPO, "modeling_flash_t5.py") + "\nraise RuntimeError('the newer code')\n"
@@ -61,6 +68,7 @@ def test_code_of_another_revision(hub, user, repo, tmp_path):
     user("check", repo=MINE, file=kept, tokenizer=False)
 
 
+@pytest.mark.slow
 def test_registered_classes(hub, user, repo, tmp_path):
     """Of those who have FAT5 installed and use the auto-classes without remote code."""
     import torch
@@ -83,13 +91,18 @@ def test_registered_classes(hub, user, repo, tmp_path):
     user("check", repo=MINE, file=str(tmp_path / "logits.pt"), tokenizer=False)
 
 
+@pytest.mark.slow
 def test_a_private_repo_loads_with_its_owner_s_token(hub, push, user, out):
     push(out, REPO, "--yes", "--license", "mit", "--private")
     user("check", repo=REPO)
+    downloads = [request for request in hub.storage.requests if request.method == "GET"]
+    assert downloads
+    assert all(request.token is None for request in downloads), "the token went to another origin"
     with pytest.raises(AssertionError, match=r"gated repo|not a valid model identifier|401"):
         user("check", repo=REPO, token=None)
 
 
+@pytest.mark.slow
 def test_revisions_and_pull_requests_load(hub, push, user, repo, out):
     (out / "NOTICE").write_text("notice")
     push(out, REPO, "--yes", "--revision", "v2")

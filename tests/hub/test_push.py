@@ -168,6 +168,16 @@ def test_wrong_usage_is_explained(hub, push, out, arguments, status, message):
     assert not hub.store.repos
 
 
+def test_at_a_terminal_it_asks(hub, push, out):
+    """For the licence that no card states, and before it begins."""
+    declined = push(out, REPO, typed="mit\nn\n", status=1)
+    assert "Which is it" in declined.err
+    assert "Push?" in declined.out + declined.err
+    assert not hub.store.repos
+    push(out, REPO, typed="mit\ny\n")
+    assert "license: mit" in hub.store.text(REPO, "README.md")
+
+
 def test_logins(hub, push, out):
     nobody = push(out, REPO, *YES, token=None, status=1)
     assert "hf auth login" in nobody.err

@@ -5,6 +5,7 @@ from hub_http import Fault
 
 REPO = "alice/tiny-fat5"
 YES = ("--yes", "--license", "apache-2.0")
+SLOW = pytest.mark.slow
 COMMIT = r"/commit/"
 
 
@@ -25,15 +26,15 @@ def uploads(hub):
     ("where", "fault"),
     [
         ("server", Fault("POST", COMMIT, 500)),
-        pytest.param("server", Fault("POST", COMMIT, 503, times=3), marks=pytest.mark.slow),
-        ("server", Fault("POST", COMMIT, "drop")),
+        pytest.param("server", Fault("POST", COMMIT, 503, times=3), marks=SLOW),
+        pytest.param("server", Fault("POST", COMMIT, "drop"), marks=SLOW),
         ("server", Fault("POST", COMMIT, "lose")),
-        ("storage", Fault("PUT", r"/\w+", 500)),
+        pytest.param("storage", Fault("PUT", r"/\w+", 500), marks=SLOW),
         ("storage", Fault("PUT", r"/\w+", "drop")),
-        ("storage", Fault("PUT", r"/\w+", "lose")),
+        pytest.param("storage", Fault("PUT", r"/\w+", "lose"), marks=SLOW),
         ("server", Fault("POST", r"/batch", 502)),
-        ("server", Fault("POST", r"/lfs/verify", 500)),
-        ("server", Fault("POST", r"/preupload/", "drop")),
+        pytest.param("server", Fault("POST", r"/lfs/verify", 500), marks=SLOW),
+        pytest.param("server", Fault("POST", r"/preupload/", "drop"), marks=SLOW),
     ],
     ids=lambda value: value if isinstance(value, str) else f"{value.path}-{value.kind}",
 )
@@ -48,15 +49,15 @@ def test_passing_faults_end_in_success(hub, push, out, where, fault):
 
 
 LASTING = [
-    pytest.param(Fault("POST", COMMIT, 500, times=4), "fails", marks=pytest.mark.slow),
-    pytest.param(Fault("POST", COMMIT, "drop", times=4), "fails", marks=pytest.mark.slow),
+    pytest.param(Fault("POST", COMMIT, 500, times=4), "fails", marks=SLOW),
+    pytest.param(Fault("POST", COMMIT, "drop", times=4), "fails", marks=SLOW),
     (Fault("POST", COMMIT, 403), "write access to alice"),
     (Fault("POST", COMMIT, 401), "expired or revoked"),
     (Fault("POST", COMMIT, 413), "no room"),
-    (Fault("POST", COMMIT, 400), "the Hub refuses"),
-    (Fault("POST", "/repos/create", 500), "fails"),
-    (Fault("GET", "/whoami", "drop"), "fails"),
-    (Fault("POST", "/validate-yaml", 401), "expired or revoked"),
+    pytest.param(Fault("POST", COMMIT, 400), "the Hub refuses", marks=SLOW),
+    pytest.param(Fault("POST", "/repos/create", 500), "fails", marks=SLOW),
+    pytest.param(Fault("GET", "/whoami", "drop"), "fails", marks=SLOW),
+    pytest.param(Fault("POST", "/validate-yaml", 401), "expired or revoked", marks=SLOW),
 ]
 
 
