@@ -31,13 +31,8 @@ def test_loads_and_generates(hub, user, repo):
     assert any(request.method == "GET" for request in hub.storage.requests), "the weights came from the storage"
 
 
-@pytest.mark.parametrize(
-    "way",
-    [
-        "save_and_push",
-        *(pytest.param(way, marks=pytest.mark.slow) for way in ("train_and_push", "merge_and_push", "shard_and_push")),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["save_and_push", "train_and_push", "merge_and_push", "shard_and_push"])
 def test_saved_and_pushed_again(hub, user, repo, tmp_path, way):
     folder = {"folder": str(tmp_path / "run")} if way in ("train_and_push", "shard_and_push") else {}
     kept = str(tmp_path / "logits.pt")

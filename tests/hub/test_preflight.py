@@ -79,6 +79,7 @@ def test_links_and_what_is_no_fat5(out, loads, tmp_path):
     assert "convert it first" in refused(out)
 
 
+@pytest.mark.slow
 def test_it_is_loaded_in_a_fresh_process(out, monkeypatch):
     """Of exactly the files that go, with no token in its environment."""
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
