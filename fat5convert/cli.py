@@ -8,14 +8,13 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
 from tqdm import tqdm
 
+from fat5convert.console import one_message, size
 from fat5convert.convert import DEFAULT_SHARD_SIZE, Plan, plan_conversion
 from fat5convert.convert import convert as convert_model
 from fat5convert.errors import ConvertError, DifferenceError
@@ -24,6 +23,7 @@ from fat5convert.families import family_table
 from fat5convert.inspection import inspect_model
 from fat5convert.json_files import write_json
 from fat5convert.precision import POLICIES
+from fat5convert.publish.command import push
 from fat5convert.rescaling import Rescaling
 from fat5convert.verify import verify as verify_model
 from fat5convert.writer import Advance
@@ -67,23 +67,6 @@ class Bytes(click.ParamType[int]):
         if match is None or unit is None or float(match.group(1)) * unit < 1:
             self.fail(f"{value!r} is no size; write for example 2GB", param, ctx)
         return int(float(match.group(1)) * unit)
-
-
-class Different(click.ClickException):
-    """Verification found a difference."""
-
-    exit_code = 3
-
-
-@contextmanager
-def _one_message() -> Iterator[None]:
-    """Turn an expected failure into one message and its exit code, without a traceback."""
-    try:
-        yield
-    except ConvertError as error:
-        raise (Different if isinstance(error, DifferenceError) else click.ClickException)(str(error)) from error
-    except OSError as error:  # a disk that fails, a folder that may not be looked into
-        raise click.ClickException(f"{error.filename or 'a file'}: {error.strerror or error}") from error
 
 
 def _list_families(ctx: click.Context, option: click.Parameter, asked: bool) -> None:
@@ -150,11 +133,11 @@ def convert(
 ) -> None:
     """Convert MODEL into the folder OUT (the default command)."""
     start = time.monotonic()
-    with _one_message():
+    with one_message():
         if dry_run:
             plan = plan_conversion(model, dtype=dtype, revision=revision, config=config)
             _say_plan(plan, {})
-            click.echo(f"would write {_size(plan.nbytes)} to {out} (dry run: nothing was written)")
+            click.echo(f"would write {size(plan.nbytes)} to {out} (dry run: nothing was written)")
             return
         report = convert_model(
             model,
@@ -172,7 +155,7 @@ def convert(
         return
     _say_plan(report.plan, report.conversion["rounding"])
     click.echo(_parity_line(report.parity) if report.parity else "not verified (--no-verify)")
-    click.secho(f"{out}: {_size(report.plan.nbytes)} in {time.monotonic() - start:.1f} s", fg="green")
+    click.secho(f"{out}: {size(report.plan.nbytes)} in {time.monotonic() - start:.1f} s", fg="green")
 
 
 @main.command()
@@ -182,7 +165,7 @@ def convert(
 @click.option("--json", "as_json", is_flag=True, help="for scripts")
 def inspect(model: str, revision: str | None, config: str | None, as_json: bool) -> None:
     """Say what MODEL is, and what converting it would do."""
-    with _one_message():
+    with one_message():
         facts = inspect_model(model, revision, config)
     if as_json:
         click.echo(json.dumps(facts, indent=2))
@@ -193,7 +176,7 @@ def inspect(model: str, revision: str | None, config: str | None, as_json: bool)
     click.echo("  sizes: " + ", ".join(f"{name} {value}" for name, value in facts["sizes"].items()))
     dtypes = ", ".join(f"{name} {count:,}" for name, count in facts["dtypes"].items())
     click.echo(f"  parameters: {facts['parameters']:,} in {facts['tensors']} tensors ({dtypes})")
-    memory = ", ".join(f"{name} {_size(count)}" for name, count in facts["memory"].items())
+    memory = ", ".join(f"{name} {size(count)}" for name, count in facts["memory"].items())
     click.echo(f"  memory of the weights: {memory}")
     for name, count in facts["not_finite"].items():
         click.secho(f"  not finite: {count} value(s) of {name}", fg="yellow")
@@ -210,7 +193,7 @@ def inspect(model: str, revision: str | None, config: str | None, as_json: bool)
 @_QUIET
 def verify(out: str, against: str | None, revision: str | None, config: str | None, quiet: bool) -> None:
     """Check a converted folder: its hashes, and with --against also what it computes."""
-    with _one_message():
+    with one_message():
         parity = verify_model(out, against, revision, config)
         if parity["result"] != "same":
             raise DifferenceError(f"{out} differs: " + "; ".join(parity["differences"]))
@@ -231,7 +214,7 @@ def verify(out: str, against: str | None, revision: str | None, config: str | No
 @_QUIET
 def export(out: str, t5_dir: str, transformers: str | None, overwrite: bool, quiet: bool) -> None:
     """Write the FAT5 folder OUT as a stock T5 folder T5_DIR."""
-    with _one_message():
+    with one_message():
         exported = export_model(
             out,
             t5_dir,
@@ -245,8 +228,11 @@ def export(out: str, t5_dir: str, transformers: str | None, overwrite: bool, qui
         click.echo(f"not restored: {name} ({reason})")
     for warning in exported.warnings:
         click.secho(f"note: {warning}", fg="yellow")
-    size = f"{exported.tensors} tensors, {_size(exported.nbytes)}"
-    click.secho(f"{t5_dir}: stock {exported.model_type}, {size}", fg="green")
+    written = f"{exported.tensors} tensors, {size(exported.nbytes)}"
+    click.secho(f"{t5_dir}: stock {exported.model_type}, {written}", fg="green")
+
+
+main.add_command(push)
 
 
 def _record(out: str, parity: dict[str, Any]) -> None:
@@ -304,11 +290,3 @@ def _parity_line(parity: dict[str, Any]) -> str:
     rounding = models["rounding"]
     lost = f"; rounding moves {models['compared']} by {rounding[key]:.1e}" if rounding else ""
     return f"{line}, {models['compared']} within {errors} of stock{greedy}{lost}"
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "KB", "MB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} GB"

@@ -1,6 +1,8 @@
 """What all FlashT5 models share."""
 
 import os
+import re
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -84,9 +86,16 @@ class FlashT5PreTrainedModel(PreTrainedModel):
         return implementation
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """Save as in transformers, and always with the code files that the saved `auto_map` names."""
+        """Save as in transformers, and always with the code files that the saved `auto_map` names.
+
+        Into the folder above a checkpoint of `Trainer` as well: with `push_to_hub` it publishes that one after each
+        checkpoint, and copies weights and configuration there, but no code.
+        """
         if kwargs.get("is_main_process", args[0] if args else True):
             copy_runtime_files(save_directory)
+            folder = Path(save_directory).absolute()
+            if re.fullmatch(r"checkpoint-\d+", folder.name):
+                copy_runtime_files(folder.parent)
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def _init_weights(self, module: nn.Module) -> None:

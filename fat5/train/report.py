@@ -2,6 +2,7 @@
 
 import json
 import platform
+import shutil
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from fat5.train.typed import to_plain
 
 
 def write_report(recipe: Recipe, folder: RunFolder, model: Path, log: Log, facts: dict[str, str]) -> None:
-    """Write picture and page into a run's folder, and the summary into the model's.
+    """Write picture and page into a run's folder, and picture and summary into the model's, for its card.
 
     Args:
         recipe: the run's.
@@ -28,6 +29,7 @@ def write_report(recipe: Recipe, folder: RunFolder, model: Path, log: Log, facts
     """
     title = f"Pretraining: {folder.root.name}"
     loss_figure(log, title).savefig(folder.picture, dpi=120)
+    shutil.copyfile(folder.picture, model / folder.picture.name)
     samples = read_samples(folder.samples)
     text = recipe_text(recipe)
     write_page(folder.page, title=title, log=log, recipe=text, samples=samples, facts=facts | versions())

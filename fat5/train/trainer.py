@@ -225,7 +225,7 @@ class PretrainingTrainer(Trainer):
             if self.args.should_save:
                 self.progress.save(staging / name)
                 checkpoints.seal(staging / name, self.checkpoints / name)
-                staging.rmdir()
+                shutil.rmtree(staging)  # with the code files that the model puts beside a checkpoint
         except torch.OutOfMemoryError:
             raise
         except checkpoints.WRITE_ERRORS as error:

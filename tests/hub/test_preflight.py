@@ -1,0 +1,110 @@
+"""What is refused before anything is sent, and that a repo is loaded as others will."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from fat5convert.errors import ConvertError
+from fat5convert.publish import load_check
+from fat5convert.publish.preflight import check
+
+
+@pytest.fixture
+def loads(monkeypatch):
+    monkeypatch.setattr("fat5convert.publish.preflight.check_loading", lambda *args, **kwargs: None)
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def refused(out) -> str:
+    with pytest.raises(ConvertError) as caught:
+        check(out)
+    return str(caught.value)
+
+
+def change_a_weight(out):
+    path = out / "model-00001-of-00003.safetensors"
+    tensors = load_file(path)
+    name = next(iter(tensors))
+    tensors[name].view(-1)[0] += 1
+    save_file(tensors, path, metadata={"format": "pt"})
+    return name
+
+
+def test_code_that_is_missing_or_elsewhere(out, loads):
+    (out / "position_bias.py").unlink()
+    assert "position_bias.py is missing" in refused(out)
+    auto_map = json.loads((out / "config.json").read_text())["auto_map"]
+    edit(out / "config.json", auto_map=auto_map | {"AutoModel": "other/repo--modeling_flash_t5.FlashT5Model"})
+    assert "which is not a file of this folder" in refused(out)
+    edit(out / "config.json", auto_map=auto_map | {"AutoModel": "modeling_flash_t5.FlashT6Model"})
+    assert "has no FlashT6Model" in refused(out)
+    edit(out / "config.json", auto_map=None)
+    assert "no auto_map" in refused(out)
+
+
+def test_weights_and_certificate(out, loads):
+    name = change_a_weight(out)
+    assert f"parity.json is not of these weights (tensor {name})" in refused(out)
+    edit(out / "parity.json", result="different")
+    assert "differs from its source" in refused(out)
+    (out / "parity.json").unlink()
+    assert "parity.json is missing: run `fat5convert verify" in refused(out)
+    (out / "training.json").write_text("{}")
+    check(out)  # trained since by `fat5 pretrain`
+    (out / "model-00002-of-00003.safetensors").unlink()
+    assert "model-00002-of-00003.safetensors" in refused(out)
+
+
+def test_a_tokenizer_that_the_source_had(out, loads):
+    tokenizer = [path for path in out.iterdir() if "token" in path.name and path.name != "generation_config.json"]
+    for path in tokenizer:
+        path.unlink()
+    assert "there is no tokenizer" in refused(out)
+    conversion = json.loads((out / "conversion.json").read_text())
+    kept = {name: digest for name, digest in conversion["files"].items() if "token" not in name}
+    edit(out / "conversion.json", files=kept)
+    assert not check(out).tokenizer
+
+
+def test_links_and_what_is_no_fat5(out, loads, tmp_path):
+    (out / "generation_config.json").rename(tmp_path / "elsewhere.json")
+    (out / "generation_config.json").symlink_to(tmp_path / "elsewhere.json")
+    assert "generation_config.json: a link that leads out of the folder" in refused(out)
+    edit(out / "config.json", model_type="t5")
+    assert "convert it first" in refused(out)
+
+
+@pytest.mark.slow
+def test_it_is_loaded_in_a_fresh_process(out, monkeypatch):
+    """Of exactly the files that go, with no token in its environment."""
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    path = out / "ops_rms_norm.py"
+    path.write_text('import os\nassert not [k for k in os.environ if k.startswith("HF_TOKEN")]\n' + path.read_text())
+    check(out)
+
+
+@pytest.mark.slow
+def test_a_repo_that_needs_fat5_is_refused(out):
+    path = out / "ops_rms_norm.py"
+    path.write_text(path.read_text() + "\nimport fat5.model\n")
+    assert "does not load where only torch and transformers are installed" in (message := refused(out))
+    assert "fat5" in message
+
+
+@pytest.mark.slow
+def test_a_large_one_is_held_against_an_outline(out, monkeypatch):
+    monkeypatch.setattr(load_check, "_LARGE", 1000)
+    check(out)
+    path = out / "model-00001-of-00003.safetensors"
+    tensors = load_file(path)
+    name = next(iter(tensors))
+    tensors[name] = torch.zeros(3, 3)
+    save_file(tensors, path, metadata={"format": "pt"})
+    (out / "parity.json").unlink()
+    (out / "training.json").write_text("{}")
+    assert f"{name} has shape [3, 3] in the files" in refused(out)

@@ -1,0 +1,121 @@
+"""What goes wrong on the way: it ends in success, or in a message and a state from which the same command goes on."""
+
+import pytest
+from hub_http import Fault
+
+REPO = "alice/tiny-fat5"
+YES = ("--yes", "--license", "apache-2.0")
+SLOW = pytest.mark.slow
+COMMIT = r"/commit/"
+
+
+def complete(hub, out) -> bool:
+    files = hub.store.repos[REPO].main.files
+    return all(name in files and hub.store.content(files[name]) == data for name, data in contents(out).items())
+
+
+def contents(out):
+    return {path.name: path.read_bytes() for path in out.iterdir()}
+
+
+def uploads(hub):
+    return [r.path for r in hub.storage.requests if r.method == "PUT" and len(r.body)]
+
+
+@pytest.mark.parametrize(
+    ("where", "fault"),
+    [
+        ("server", Fault("POST", COMMIT, 500)),
+        pytest.param("server", Fault("POST", COMMIT, 503, times=3), marks=SLOW),
+        pytest.param("server", Fault("POST", COMMIT, "drop"), marks=SLOW),
+        ("server", Fault("POST", COMMIT, "lose")),
+        pytest.param("storage", Fault("PUT", r"/\w+", 500), marks=SLOW),
+        ("storage", Fault("PUT", r"/\w+", "drop")),
+        pytest.param("storage", Fault("PUT", r"/\w+", "lose"), marks=SLOW),
+        ("server", Fault("POST", r"/batch", 502)),
+        pytest.param("server", Fault("POST", r"/lfs/verify", 500), marks=SLOW),
+        pytest.param("server", Fault("POST", r"/preupload/", "drop"), marks=SLOW),
+    ],
+    ids=lambda value: value if isinstance(value, str) else f"{value.path}-{value.kind}",
+)
+def test_passing_faults_end_in_success(hub, push, out, where, fault):
+    getattr(hub, where).faults.append(fault)
+    assert push(out, REPO, *YES).url == f"{hub.url}/{REPO}"
+    assert fault.times == 0
+    assert complete(hub, out)
+    assert hub.store.repos[REPO].titles() == ["Publish with fat5convert", "initial commit"], "one commit"
+    if where == "server":
+        assert len(uploads(hub)) == len(set(uploads(hub))) == 3, "nothing is uploaded twice"
+
+
+LASTING = [
+    pytest.param(Fault("POST", COMMIT, 500, times=4), "fails", marks=SLOW),
+    pytest.param(Fault("POST", COMMIT, "drop", times=4), "fails", marks=SLOW),
+    (Fault("POST", COMMIT, 403), "write access to alice"),
+    (Fault("POST", COMMIT, 401), "expired or revoked"),
+    (Fault("POST", COMMIT, 413), "no room"),
+    pytest.param(Fault("POST", COMMIT, 400), "the Hub refuses", marks=SLOW),
+    pytest.param(Fault("POST", "/repos/create", 500), "fails", marks=SLOW),
+    pytest.param(Fault("GET", "/whoami", "drop"), "fails", marks=SLOW),
+    pytest.param(Fault("POST", "/validate-yaml", 401), "expired or revoked", marks=SLOW),
+]
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"), LASTING, ids=lambda v: f"{v.path}-{v.kind}" if isinstance(v, Fault) else ""
+)
+def test_lasting_faults_are_explained_and_the_same_command_goes_on(hub, push, out, fault, message):
+    fault = Fault(fault.method, fault.path, fault.kind, fault.times)
+    hub.server.faults.append(fault)
+    failed = push(out, REPO, *YES, status=1)
+    assert message in failed.err.splitlines()[-1]
+    assert REPO not in hub.store.repos or len(hub.store.repos[REPO].titles()) == 1, "all or nothing"
+    assert push(out, REPO, *YES).url == f"{hub.url}/{REPO}"
+    assert complete(hub, out)
+    assert len(uploads(hub)) == 3, "what had arrived was not uploaded again"
+
+
+def test_a_full_repo_says_so_and_goes_on_when_there_is_room(hub, push, out):
+    hub.store.capacity = 150_000
+    assert "no room left" in push(out, REPO, *YES, status=1).err
+    hub.store.capacity = None
+    push(out, REPO, *YES)
+    assert complete(hub, out)
+
+
+def test_a_lost_answer_opens_no_second_pull_request(hub, push, out):
+    push(out, REPO, *YES)
+    (out / "NOTICE").write_text("notice")
+    hub.server.faults.append(Fault("POST", COMMIT, "lose"))
+    assert push(out, REPO, "--yes", "--create-pr").url == f"{hub.url}/{REPO}/discussions/1"
+    assert len(hub.store.repos[REPO].pull_requests) == 1
+
+
+def test_a_push_of_somebody_else_meanwhile_is_not_undone(hub, push, out):
+    """Whether it comes before the commit or between two attempts at it."""
+    push(out, REPO, *YES)
+    (out / "NOTICE").write_text("notice")
+
+    def meanwhile(request):
+        if "/preupload/" in request.path and not done:
+            done.append(1)
+            hub.store.edit(REPO, "README.md", b"another text")
+        return answer(request)
+
+    answer, done = hub.answer, []
+    hub.answering = meanwhile
+    try:
+        failed = push(out, REPO, "--yes", status=1)
+        assert "somebody else has pushed" in failed.err
+        assert hub.store.text(REPO, "README.md") == "another text"
+        assert "NOTICE" not in hub.store.repos[REPO].main.files
+        done.clear()
+        hub.server.faults.append(Fault("POST", COMMIT, 500))
+        failed = push(out, REPO, *YES, status=1)
+        assert "somebody else has pushed" in failed.err
+    finally:
+        hub.answering = None
+    push(out, REPO, *YES)
+    assert "NOTICE" in hub.store.repos[REPO].main.files
+    assert hub.store.text(REPO, "README.md").rstrip().startswith("---")
+    assert "another text" in hub.store.text(REPO, "README.md")
