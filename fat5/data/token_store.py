@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from glob import glob
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -107,19 +108,29 @@ def default_cache() -> Path:
 def store_key(corpus: CorpusOptions, tokenizer: PreTrainedTokenizerBase, ids: SpecialIds) -> str:
     """Hash everything that decides the tokens of a corpus.
 
-    Local files count by name, size and time of change; a dataset by name, configuration, split and revision.
+    Local files, those of a dataset's folder too, count by path, size and time of change; a dataset of the Hub by name,
+    configuration, split and revision.
     """
     options = asdict(corpus)
     del options["weight"], options["streaming"]
-    files = []
-    if corpus.files:
-        for path in corpus_files(corpus):
-            stat = path.stat()
-            files.append([path.name, stat.st_size, stat.st_mtime_ns])
-        options["files"] = files
+    local = []
+    for path in _local_files(corpus):
+        stat = path.stat()
+        local.append([str(path.resolve()), stat.st_size, stat.st_mtime_ns])
+    if local:
+        del options["files"], options["dataset"]
     reserved = sorted(i for i in ids.reserved if i < ids.vocabulary)
-    content = [_FORMAT, options, tokenizer_hash(tokenizer), reserved]
+    content = [_FORMAT, options, local, tokenizer_hash(tokenizer), reserved]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:24]
+
+
+def _local_files(corpus: CorpusOptions) -> list[Path]:
+    """List what a corpus is read from on this machine; nothing for a dataset of the Hub."""
+    if corpus.dataset is None:
+        return corpus_files(corpus)
+    # Hidden files are none of a dataset's, for `datasets` as for `glob`.
+    found = (Path(corpus.dataset, name) for name in sorted(glob("**", root_dir=corpus.dataset, recursive=True)))
+    return [path for path in found if path.is_file()]
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -98,6 +98,23 @@ def test_a_rerun_reuses_the_store_and_other_text_or_tokenizer_does_not(tmp_path,
     assert len(keys) == 4
 
 
+def test_another_folder_or_file_of_the_same_name_is_another_corpus(tmp_path, monkeypatch, tokenizer, ids):
+    pytest.importorskip("datasets")
+    found = {}
+    for place, words in (("one", "first words"), ("two", "other words")):
+        (tmp_path / place / "named").mkdir(parents=True)
+        path = tmp_path / place / "named" / "train.jsonl"
+        path.write_text(json.dumps({"text": words}) + "\n")
+        os.utime(path, ns=(10**18, 10**18))
+        monkeypatch.chdir(tmp_path / place)
+        for corpus in (CorpusOptions(dataset="named"), CorpusOptions(("named/train.jsonl",), format="jsonl")):
+            found[place, corpus.name] = store = tokenize_corpus(corpus, tokenizer, ids, tmp_path / "cache")
+            assert [tokenizer.decode(d) for d in stored(store)] == [words]
+    assert len({store.folder for store in found.values()}) == 4
+    os.utime(path, ns=(10**18, 10**18 + 1))
+    assert store_key(CorpusOptions(dataset="named"), tokenizer, ids) != found["two", "named"].folder.name
+
+
 def test_a_stopped_tokenisation_goes_on_behind_its_last_shard(tmp_path, prose, tokenizer, ids):
     class StoppedError(Exception):
         pass
