@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Iterable
 
 import torch
@@ -9,7 +10,7 @@ from tokenizers import Tokenizer, models, trainers
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from fat5.data.train_tokenizer import MODE_TOKENS, train
+from fat5.data.train_tokenizer import INSIDE_NAMES, MODE_TOKENS, train
 
 # New pieces are picked from a trained vocabulary this many times larger than what is wanted, and at least so large.
 _CANDIDATES = 4
@@ -86,7 +87,8 @@ def _train_pieces(backend: Tokenizer, documents: Iterable[str], count: int) -> l
         vocab_size=count, special_tokens=["<unk>"], unk_token="<unk>", show_progress=False
     )
     train(trained, documents, trainer)
-    return [(p, s) for p, s in json.loads(trained.to_str())["model"]["vocab"] if p != "<unk>"]
+    pieces = json.loads(trained.to_str())["model"]["vocab"]
+    return [(p, s) for p, s in pieces if p != "<unk>" and not re.search(INSIDE_NAMES, p)]
 
 
 def extend_model(model: PreTrainedModel, rows: int, parts: dict[int, list[int]]) -> None:

@@ -38,6 +38,22 @@ def test_layout_and_round_trip(tmp_path, prose, kind, sentinels, modes, fallback
     assert loaded("x <extra_id_3> y")["input_ids"].count(int(ids.sentinels[3])) == 1
 
 
+@pytest.mark.parametrize("kind", ["unigram", "bpe"])
+def test_text_that_spells_special_tokens_teaches_none(prose, kind):
+    names = ["<pad>", "</s>", "<unk>", "[S]", "<extra_id_0>", "<extra_id_7>", "<0x41>", "＜/s＞"]
+    made = train_tokenizer(
+        [" ".join(names * 3) + " " + "".join(names) + p for p in prose[:30]], kind, 1200, sentinels=7
+    )
+    assert (made.pad_token_id, made.eos_token_id, made.unk_token_id) == (0, 1, 2)
+    assert made("a")["input_ids"][-1] == 1
+    vocabulary = made.get_vocab()
+    assert sorted(vocabulary.values()) == list(range(len(made)))
+    assert special_ids(made, MixtureOptions().resolved()).sentinels.tolist() == [len(made) - 1 - n for n in range(7)]
+    # Each name once, as its own token or not at all: no piece holds one.
+    for name, times in zip(names, [1, 1, 1, 1, 1, 0, 1, 0], strict=True):
+        assert [name in token for token in vocabulary].count(True) == times, name
+
+
 def test_a_vocabulary_too_small_is_refused(prose):
     with pytest.raises(ValueError, match="make it larger"):
         train_tokenizer(prose, "unigram", 400)
@@ -82,6 +98,15 @@ def test_extension_leaves_the_free_rows_to_the_mode_tokens(prose):
     extended, parts = extend_tokenizer(plain, FRENCH, 10)
     assert special_ids(extended, MixtureOptions().resolved(), len(plain) + 28).modes == before.modes
     assert min(parts) == len(plain) + 3
+
+
+def test_extension_adds_no_piece_that_spells_a_special_token(prose):
+    plain = train_tokenizer(prose[:20], "unigram", 1000, sentinels=7, mode_tokens=False)
+    extended, parts = extend_tokenizer(plain, ["la maison<extra_id_7>[S]" * 3 + p for p in FRENCH[:40]], 400)
+    ids = special_ids(extended, MixtureOptions().resolved())
+    assert len(ids.sentinels) == 7
+    assert ids.modes == {"[R]": len(plain), "[S]": len(plain) + 1, "[X]": len(plain) + 2}
+    assert not any("[S]" in t or "<extra_id_7>" in t for t in extended.convert_ids_to_tokens(sorted(parts)))
 
 
 def test_only_unigram_can_be_extended(bare_tokenizer):
