@@ -40,6 +40,20 @@ def read_documents(corpus: CorpusOptions) -> Iterator[str]:
     return iter(DocumentStream(corpus))
 
 
+def place_of(corpus: CorpusOptions, document: str) -> str:
+    """Say where in a corpus a document stands, reading until it comes; for messages."""
+    if corpus.dataset is None:
+        for path in corpus_files(corpus):
+            for number, text in enumerate(_from_file(corpus, path), start=1):
+                if text == document:
+                    return f"{path}, document {number}"
+    else:
+        for number, text in enumerate(read_documents(corpus)):
+            if text == document:
+                return f"{corpus.name}, record {number}"
+    return corpus.name
+
+
 class DocumentStream:
     """The documents of a corpus, one after the other, with a state to go on from.
 

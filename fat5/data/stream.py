@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fat5.data.batches import Form, Gathered, bin_sizes, build_batch, join
 from fat5.data.documents import DataError, DocumentStream
-from fat5.data.encode import Encoder
+from fat5.data.encode import Encoder, naming_documents
 from fat5.data.options import CorpusOptions
 from fat5.data.schedule import Budget, pack_block
 from fat5.data.span_corruption import Mixture, Plan
@@ -52,7 +52,7 @@ class WindowStream:
         """Give the next window: its tokens, number and epoch.
 
         Raises:
-            DataError: the corpus cannot be read, or a whole pass has no text.
+            DataError: the corpus cannot be read or encoded, or a whole pass has no text.
         """
         while self._used == len(self._buffer):
             self._fill()
@@ -74,9 +74,9 @@ class WindowStream:
             self._count = 0
             self._buffer = []
             return
-        self._buffer = [
-            ids[at : at + self._window] for ids in self._encoder(texts) for at in range(0, len(ids), self._window)
-        ]
+        with naming_documents(self._corpus):
+            documents = self._encoder(texts)
+        self._buffer = [ids[at : at + self._window] for ids in documents for at in range(0, len(ids), self._window)]
 
     def state(self) -> dict[str, Any]:
         """Give the place of the next window."""

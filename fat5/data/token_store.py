@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from fat5.data.documents import DataError, corpus_files, read_documents
-from fat5.data.encode import Encoder, chunks, encode_chunks
+from fat5.data.encode import Encoder, chunks, encode_chunks, naming_documents
 from fat5.data.options import CorpusOptions
 from fat5.data.special_ids import SpecialIds
 
@@ -166,7 +166,7 @@ def tokenize_corpus(
     if not (folder / "index.json").exists():
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with _only_writer(folder):
+            with _only_writer(folder), naming_documents(corpus):
                 documents = read_documents(corpus)
                 encoder = Encoder(tokenizer, ids)
                 write_store(folder, documents, encoder, ids.vocabulary, processes=processes, progress=progress)

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from fat5.data.corpus_order import shuffled
 from fat5.data.documents import DataError, read_documents
-from fat5.data.encode import Encoder
+from fat5.data.encode import Encoder, naming_documents
 from fat5.data.options import CorpusOptions
 from fat5.data.packing import best_fit
 from fat5.data.random_streams import example_keys
@@ -126,10 +126,14 @@ def streamed_documents(corpora: Sequence[CorpusOptions], encoder: Encoder) -> ND
     """Give the lengths of the first documents of streamed corpora.
 
     Raises:
-        DataError: a corpus cannot be read, or they hold no text.
+        DataError: a corpus cannot be read or encoded, or they hold no text.
     """
-    texts = [text for corpus in corpora for text in islice(read_documents(corpus), _SAMPLE // (4 * len(corpora)))]
-    lengths = np.array([len(ids) for ids in encoder(texts)], dtype=np.int64)
+    found: list[int] = []
+    for corpus in corpora:
+        with naming_documents(corpus):
+            texts = list(islice(read_documents(corpus), _SAMPLE // (4 * len(corpora))))
+            found += map(len, encoder(texts))
+    lengths = np.array(found, dtype=np.int64)
     if not lengths.any():
         raise DataError(f"the corpus {corpora[0].name} holds no text")
     return lengths[lengths > 0]
