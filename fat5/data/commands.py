@@ -22,8 +22,6 @@ from fat5.data.statistics import measure_batches
 from fat5.data.token_store import tokenize_corpus
 from fat5.data.train_tokenizer import train_tokenizer as make_tokenizer
 
-_BUILDERS = {".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
-
 
 @contextmanager
 def _reported() -> Iterator[None]:
@@ -63,7 +61,7 @@ def _corpus_options(command: Any) -> Any:
 def _corpus(
     source: tuple[str, ...],
     dataset: bool,
-    form: str | None,
+    form: Any,
     documents: Any,
     field: str,
     config: str | None,
@@ -74,11 +72,10 @@ def _corpus(
 ) -> CorpusOptions:
     if dataset and len(source) != 1:
         raise click.UsageError("--dataset takes one SOURCE")
-    by_name: Any = form or _BUILDERS.get(Path(source[0]).suffix, "text")
     return CorpusOptions(
         files=() if dataset else source,
         dataset=source[0] if dataset else None,
-        format=by_name,
+        format=form,
         documents=documents,
         field=field,
         config=config,

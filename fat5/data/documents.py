@@ -9,25 +9,35 @@ from typing import IO, Any
 
 from fat5.data.options import CorpusOptions
 
+_SUFFIXES = {".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
+
 
 class DataError(ValueError):
     """Data that cannot be used; the message names the file or dataset and says what to do."""
 
 
 def corpus_files(corpus: CorpusOptions) -> list[Path]:
-    """Expand the patterns of `corpus.files`.
+    """Expand the patterns of `corpus.files`; a file that several match comes once, at the first.
 
     Raises:
         DataError: a pattern matches nothing.
     """
-    paths: list[Path] = []
+    paths: dict[Path, Path] = {}
     for pattern in corpus.files:
-        expanded = str(Path(pattern).expanduser())
-        matches = [Path(p) for p in sorted(glob.glob(expanded, recursive=True)) if Path(p).is_file()]
-        if not matches:
+        expanded = Path(pattern).expanduser()
+        # A file may have brackets in its name.
+        matches = [expanded] if expanded.is_file() else map(Path, sorted(glob.glob(str(expanded), recursive=True)))
+        found = {path.resolve(): path for path in matches if path.is_file()}
+        if not found:
             raise DataError(f"no file matches {pattern}")
-        paths += matches
-    return paths
+        for resolved, path in found.items():
+            paths.setdefault(resolved, path)
+    return list(paths.values())
+
+
+def format_of(corpus: CorpusOptions, path: Path) -> str:
+    """Give the format of one of a corpus's files: the corpus's own, or by the suffix, `text` for an unknown one."""
+    return corpus.format or _SUFFIXES.get(path.suffix.lower(), "text")
 
 
 def read_documents(corpus: CorpusOptions) -> Iterator[str]:
@@ -102,14 +112,16 @@ class DocumentStream:
 
 
 def _from_file(corpus: CorpusOptions, path: Path) -> Iterator[str]:
-    if corpus.format == "parquet":
+    form = format_of(corpus, path)
+    if form == "parquet":
         counter = count()
         yield from _records(corpus, _load(corpus, "parquet", path), str(path), lambda: next(counter))
         return
     errors = "strict" if corpus.invalid_utf8 == "refuse" else "replace"
     try:
-        with path.open(encoding="utf-8", errors=errors, newline="") as file:
-            if corpus.format == "jsonl":
+        # A byte-order mark at the beginning is none of the text.
+        with path.open(encoding="utf-8-sig", errors=errors, newline="") as file:
+            if form == "jsonl":
                 yield from _from_jsonl(corpus, path, file)
             else:
                 yield from _from_text(corpus, file)
@@ -146,8 +158,8 @@ def _from_jsonl(corpus: CorpusOptions, path: Path, file: IO[str]) -> Iterator[st
             continue
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}, line {number}: not valid JSON ({error.msg})") from error
+        except (ValueError, RecursionError) as error:  # too many digits or brackets, too
+            raise DataError(f"{path}, line {number}: not JSON that can be read ({error})") from error
         yield _text_of(record, corpus.field, f"{path}, line {number}")
 
 
@@ -173,8 +185,17 @@ def _load(corpus: CorpusOptions, builder: str, path: Path | None = None) -> Any:
 
 
 def _records(corpus: CorpusOptions, data: Any, where: str, number: Callable[[], int]) -> Iterator[str]:
+    import datasets
+
     # Plain iteration would hand a DataLoader's workers different parts; `iter` gives all of it to each.
-    for record in data.iter(batch_size=1):
+    records = iter(data.iter(batch_size=1))
+    while True:
+        try:
+            record = next(records, None)
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            raise DataError(f"{where}, record {number()}: cannot be read, the file may be damaged: {error}") from error
+        if record is None:
+            return
         first = {key: values[0] for key, values in record.items()}
         yield _text_of(first, corpus.field, f"{where}, record {number()}")
 

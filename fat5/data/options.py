@@ -14,7 +14,7 @@ class CorpusOptions:
         files: local files; `*` and `**` are expanded; read in sorted order of each pattern.
         dataset: a name, or folder, for `datasets.load_dataset`.
         format: what the files are. `text`: plain UTF-8; `jsonl`: one JSON object a line; `parquet`: needs
-            `datasets`.
+            `datasets`; null tells by each file's suffix, `text` for an unknown one.
         documents: what a document is in a `text` file: a paragraph between blank lines, a line, or the whole
             file.
         field: the key (jsonl) or column (parquet, dataset) that holds the text.
@@ -30,7 +30,7 @@ class CorpusOptions:
 
     files: tuple[str, ...] = ()
     dataset: str | None = None
-    format: Literal["text", "jsonl", "parquet"] = "text"
+    format: Literal["text", "jsonl", "parquet"] | None = None
     documents: Literal["blank_line", "line", "file"] = "blank_line"
     field: str = "text"
     config: str | None = None

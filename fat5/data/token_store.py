@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from fat5.data.documents import DataError, corpus_files, read_documents
+from fat5.data.documents import DataError, corpus_files, format_of, read_documents
 from fat5.data.encode import Encoder, chunks, encode_chunks, naming_documents
 from fat5.data.options import CorpusOptions
 from fat5.data.special_ids import SpecialIds
@@ -116,9 +116,10 @@ def store_key(corpus: CorpusOptions, tokenizer: PreTrainedTokenizerBase, ids: Sp
     local = []
     for path in _local_files(corpus):
         stat = path.stat()
-        local.append([str(path.resolve()), stat.st_size, stat.st_mtime_ns])
+        local.append([str(path.resolve()), stat.st_size, stat.st_mtime_ns, format_of(corpus, path)])
     if local:
-        del options["files"], options["dataset"]
+        del options["files"], options["format"]
+        options["dataset"] = corpus.dataset is not None
     reserved = sorted(i for i in ids.reserved if i < ids.vocabulary)
     content = [_FORMAT, options, local, tokenizer_hash(tokenizer), reserved]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:24]

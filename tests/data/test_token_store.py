@@ -179,10 +179,12 @@ def test_invalid_utf8_is_refused_by_place_or_replaced(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"text": "a"', r"t\.jsonl, line 2: not valid JSON"),
+        ('{"text": "a"', r"t\.jsonl, line 2: not JSON that can be read"),
         ('{"body": "a"}', r"t\.jsonl, line 2: no field 'text' \(found: body\)"),
         ('{"text": 5}', r"line 2: field 'text' is int, not text"),
         ('"a"', r"line 2: no field 'text' \(found: str\)"),
+        ("[" * 100_000, r"t\.jsonl, line 2: not JSON that can be read \(.*recursion"),
+        ('{"text": "a", "n": ' + "1" * 5000 + "}", r"t\.jsonl, line 2: not JSON that can be read \(.*digits"),
     ],
 )
 def test_bad_jsonl_is_refused_by_line(tmp_path, line, message):
@@ -202,6 +204,26 @@ def test_missing_sources_are_refused(tmp_path):
         list(read_documents(CorpusOptions((str(tmp_path / "bad.parquet"),), format="parquet")))
     with pytest.raises(ValueError, match="either files or dataset"):
         CorpusOptions()
+
+
+def test_a_damaged_parquet_page_is_refused_by_file(tmp_path, prose, tokenizer, ids):
+    datasets = pytest.importorskip("datasets")
+    path = tmp_path / "damaged.parquet"
+    datasets.Dataset.from_dict({"text": prose[:50]}).to_parquet(str(path))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:4] + b"\xff" * (len(whole) // 2) + whole[4 + len(whole) // 2 :])
+    corpus = CorpusOptions((str(path),))
+    with pytest.raises(DataError, match=r"damaged\.parquet, record 0: cannot be read, the file may be damaged"):
+        list(read_documents(corpus))
+    with pytest.raises(DataError, match=r"^[^:]*damaged\.parquet, record 0: cannot be read"):
+        tokenize_corpus(corpus, tokenizer, ids, tmp_path / "cache")
+
+
+def test_files_are_told_by_suffix_and_read_once_without_a_byte_order_mark(tmp_path):
+    (tmp_path / "a[1].txt").write_bytes(b"\xef\xbb\xbffirst")
+    (tmp_path / "b.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps({"text": "second"}).encode())
+    named = (str(tmp_path / "a[1].txt"), str(tmp_path / "b.*"), str(tmp_path / "*"))
+    assert list(read_documents(CorpusOptions(named))) == ["first", "second"]
 
 
 def test_a_corpus_without_text_is_refused(tmp_path, tokenizer, ids):
