@@ -93,7 +93,7 @@ def fat5convert(env: dict[str, str], *args: object, code: int = 0) -> Any:
     return done
 
 
-@pytest.mark.parametrize("hub", ["safetensors", "bin"], indirect=True)
+@pytest.mark.parametrize("hub", ["safetensors", pytest.param("bin", marks=pytest.mark.slow)], indirect=True)
 def test_hub_id_then_its_cache(hub: Hub, online: dict[str, str], tmp_path: Path) -> None:
     env = online | {"HF_ENDPOINT": hub.endpoint}
     fat5convert(env, REPO, tmp_path / "out", "--revision", "v1", "--no-verify")

@@ -166,7 +166,8 @@ def test_a_table_for_each_layer(paths):
 
 
 @needs_kernels
-@pytest.mark.parametrize("reentrant", [pytest.param(True, marks=pytest.mark.slow), False])
+@pytest.mark.slow
+@pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing(reentrant):
     eager, fused = pair(num_layers=2, num_decoder_layers=1)
     fused.train()
@@ -271,7 +272,8 @@ def test_compiles_to_one_graph(kind, paths):
 
 
 @needs_kernels
-@pytest.mark.parametrize("kind", ["right", pytest.param("left", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["right", "left"])
 def test_rows_of_nothing_but_padding(kind):
     eager, fused = pair(num_layers=1)
     inputs = inputs_of(kind)
@@ -282,6 +284,7 @@ def test_rows_of_nothing_but_padding(kind):
 
 
 @needs_kernels
+@pytest.mark.slow
 def test_a_repository_runs_its_own_kernels_beside_those_of_the_package(tmp_path):
     _, fused = pair(num_layers=1)
     fused.save_pretrained(tmp_path)
@@ -317,7 +320,7 @@ print("loaded")
 """
 
 
-@pytest.mark.parametrize("place", ["folder", "hub"])
+@pytest.mark.parametrize("place", [pytest.param("folder", marks=pytest.mark.slow), "hub"])
 def test_a_repository_loads_where_triton_is_not_installed(tmp_path, place):
     """From the Hub the loader checks the imports of every file, from a folder only those of the first."""
     folder, name = tmp_path / "model", str(tmp_path / "model")

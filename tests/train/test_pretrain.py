@@ -105,7 +105,9 @@ def test_a_resumed_run_is_bit_by_bit_the_undisturbed_one(trained, tmp_path, how)
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
-@pytest.mark.parametrize("change", ["loader_workers=2", "gradient_checkpointing=true"])
+@pytest.mark.parametrize(
+    "change", ["loader_workers=2", pytest.param("gradient_checkpointing=true", marks=pytest.mark.slow)]
+)
 def test_what_only_changes_speed_does_not_change_the_run(trained, tmp_path, change):
     out = tmp_path / "out"
     changes = ["--set", f"output.folder={out}", "--set", f"training.{change}"]
@@ -208,6 +210,7 @@ torch.save((batch, model(**batch, decoder_input_ids=batch["input_ids"]).logits),
     assert not list(trained.joinpath("model").glob("*.bin"))
 
 
+@pytest.mark.slow
 def test_it_works_without_datasets(toy, tmp_path):
     code = 'import sys; sys.modules["datasets"] = None; from fat5.cli import main; main()'
     arguments = [part for setting in toy.settings(tmp_path / "out") for part in ("--set", setting)]

@@ -74,11 +74,12 @@ def log(folder):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "packing"),
     [
-        pytest.param("files", "none", marks=pytest.mark.slow),
-        pytest.param("dataset", "segments", marks=pytest.mark.slow),
+        ("files", "none"),
+        ("dataset", "segments"),
         ("both", "stream"),
     ],
 )

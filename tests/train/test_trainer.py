@@ -60,7 +60,9 @@ class Interrupt(TrainerCallback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize(("broken_at", "checkpoint"), [(3, 2), (5, 4), (7, 6)])
+@pytest.mark.parametrize(
+    ("broken_at", "checkpoint"), [(3, 2), *(pytest.param(n, n - 1, marks=pytest.mark.slow) for n in (5, 7))]
+)
 def test_an_interrupted_run_is_bit_by_bit_the_undisturbed_one(tmp_path, broken_at, checkpoint):
     """With dropout, accumulation, evaluation in between and the second epoch's start (after 2.5 steps) on the way."""
 
