@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .flash_attention import flash_attention as flash_attention
     from .fused_attention import fused_attention as fused_attention
     from .fused_linear import fused_linear as fused_linear
+    from .norm_flash_t5 import NormedSum as NormedSum
     from .ops_attention import attention as attention
     from .ops_attention_backward import launch_backward as launch_backward
     from .ops_attention_backward_configs import backward_config as backward_config
@@ -69,6 +70,7 @@ if TYPE_CHECKING:
     from .position_bias import build_position_bias as build_position_bias
     from .position_fire import FirePositionBias as FirePositionBias
     from .position_rotary import rotary_tables as rotary_tables
+    from .recomputed_linear import norm_linear as norm_linear
     from .runtime_files import copy_runtime_files as copy_runtime_files
 
 __all__ = [

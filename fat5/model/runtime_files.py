@@ -20,6 +20,8 @@ RUNTIME_FILES = (
     "fused_attention.py",
     "fused_linear.py",
     "lm_head_flash_t5.py",
+    "norm_flash_t5.py",
+    "recomputed_linear.py",
     "ops_attention.py",
     "ops_attention_backward.py",
     "ops_attention_backward_configs.py",
