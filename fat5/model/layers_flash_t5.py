@@ -9,9 +9,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention import AttentionMask, FlashT5Attention
 from .configuration_flash_t5 import FlashT5Config
-from .fused_linear import fused_linear, is_untouched, project, recomputing_weight
+from .fused_linear import fused_linear, is_untouched, plain_weights, project, recomputing_weight
 from .norm_flash_t5 import FlashT5LayerNorm, NormedSum
 from .ops_gated_act import ACTIVATIONS, gated_act
+from .ops_gated_linear import gated_linear, gated_linear_serves
 from .recomputed_linear import gated_act_linear
 
 
@@ -53,6 +54,11 @@ class FlashT5DenseGatedAct(nn.Module):
 
     def forward(self, states: torch.Tensor, dropout_p: float = 0.0) -> torch.Tensor:
         """`[..., D]` to `[..., F]`."""
+        # not in training, where reentrant checkpointing runs a layer without gradients and then once more with them
+        if not self.training and self.act_name in ACTIVATIONS and gated_linear_serves(states):
+            weights = plain_weights((self.wi_0, self.wi_1), states.device)
+            if weights is not None and weights[0].dtype == states.dtype:
+                return gated_linear(states, weights[0], weights[1], self.act_name)
         return self.activate(*self.product(states), dropout_p)
 
     def product(self, states: torch.Tensor | NormedSum) -> tuple[torch.Tensor, torch.Tensor | None]:

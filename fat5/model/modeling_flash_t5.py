@@ -60,6 +60,8 @@ if TYPE_CHECKING:
     from .ops_dropout_tile import keep_tile as keep_tile
     from .ops_gated_act import gated_act as gated_act
     from .ops_gated_act_kernels import activate as activate
+    from .ops_gated_linear import gated_linear as gated_linear
+    from .ops_gated_linear_kernels import gated_linear_kernel as gated_linear_kernel
     from .ops_linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
     from .ops_operator import Operator as Operator
     from .ops_philox import philox as philox

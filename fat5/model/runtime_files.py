@@ -48,6 +48,8 @@ RUNTIME_FILES = (
     "ops_dropout_tile.py",
     "ops_gated_act.py",
     "ops_gated_act_kernels.py",
+    "ops_gated_linear.py",
+    "ops_gated_linear_kernels.py",
     "ops_linear_cross_entropy.py",
     "ops_operator.py",
     "ops_philox.py",

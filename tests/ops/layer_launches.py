@@ -7,6 +7,7 @@ import torch
 
 from fat5.model import ops_cross_entropy_kernels as cross_entropy
 from fat5.model import ops_gated_act_kernels as gated_act
+from fat5.model import ops_gated_linear_kernels as gated_linear
 from fat5.model import ops_rms_norm_kernels as rms_norm
 from fat5.model.ops_cross_entropy import new_rows
 
@@ -25,6 +26,12 @@ OPTIONS = {
         "gated": [False, True],
         "dropout": [False, True],
         "recompute": [False, True],
+    },
+    "gated linear": {
+        "width": [768, 1000],
+        "rows": [8, 1024, 8192],
+        "dtype": ["bfloat16", "float16"],
+        "act": [0, 1],
     },
     "loss": {
         "width": [999, 32128, 250112],
@@ -62,6 +69,9 @@ FIRST = [
         "dropout": True,
         "recompute": True,
     },
+    {"capability": 90, "op": "gated linear", "width": 768, "rows": 8192, "dtype": "bfloat16", "act": 0},
+    {"capability": 86, "op": "gated linear", "width": 1000, "rows": 8192, "dtype": "float16", "act": 0},
+    {"capability": 80, "op": "gated linear", "width": 768, "rows": 8, "dtype": "bfloat16", "act": 0},
     {"capability": 90, "op": "loss", "width": 32128, "dtype": "bfloat16", "smoothing": False, "gradient": True},
     {"capability": 80, "op": "loss", "width": 250112, "dtype": "bfloat16", "smoothing": True, "gradient": True},
 ]
@@ -97,6 +107,10 @@ def launch_layer(variant: dict) -> None:
         up = x if variant["gated"] else None
         gated_act.launch_forward(x, up, variant["act"], p, seed)
         gated_act.launch_backward(x, x, up, x, up, variant["act"], p, seed, x if variant["recompute"] else None)
+    elif variant["op"] == "gated linear":
+        weight = torch.zeros(2048, width, dtype=dtype)
+        config = gated_linear.gated_linear_config(variant["rows"], variant["capability"])
+        gated_linear.launch(x, weight, weight, variant["act"], config)
     else:
         labels, rows = torch.zeros(8, dtype=torch.int64), new_rows(x, 8)
         smoothing = 0.1 if variant["smoothing"] else 0.0
