@@ -28,7 +28,7 @@ from fat5.data.special_ids import SpecialIds
 
 Progress = Callable[[int, int], None]
 
-_FORMAT = 1
+_FORMAT = 2
 _SHARD_TOKENS = 1 << 27
 
 
