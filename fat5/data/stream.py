@@ -94,6 +94,7 @@ class WindowStream:
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from a `state`."""
         self._documents = DocumentStream(self._corpus, state["source"])
+        self._corpus = self._documents.corpus
         self._source = state["source"]
         self._epoch, self._count, self._buffer = state["epoch"], state["count"], []
         if state["used"]:

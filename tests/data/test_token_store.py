@@ -115,6 +115,17 @@ def test_another_folder_or_file_of_the_same_name_is_another_corpus(tmp_path, mon
     assert store_key(CorpusOptions(dataset="named"), tokenizer, ids) != found["two", "named"].folder.name
 
 
+def test_the_same_tokens_have_the_same_identity(tmp_path, tokenizer, ids):
+    def identity(name, text):
+        (tmp_path / name).write_text(text)
+        return tokenize_corpus(CorpusOptions((str(tmp_path / name),)), tokenizer, ids, tmp_path / "cache").identity
+
+    one = identity("a.txt", "some words\n\nand others")
+    assert identity("b.txt", "some words\n\nand others\n") == one
+    others = [identity(f"{n}.txt", text) for n, text in enumerate(["some words and others", "some words\n\nand other"])]
+    assert len({one, *others}) == 3
+
+
 def test_a_stopped_tokenisation_goes_on_behind_its_last_shard(tmp_path, prose, tokenizer, ids):
     class StoppedError(Exception):
         pass
