@@ -1,12 +1,16 @@
 """Turn text into token ids that hold text only: no sentinel, mode token or EOS, whatever the text says."""
 
+import pickle
 import re
 import unicodedata
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import get_context
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 from numpy.typing import NDArray
@@ -128,28 +132,42 @@ def encode_chunks(
 
     Yields:
         How many documents the group has, and the ids of each.
+
+    Raises:
+        SpecialTokenError: as `Encoder`.
+        DataError: one of the other processes was killed.
     """
     if processes == 1:
         for group in groups:
             yield len(group), encoder(group)
         return
     waiting: deque[tuple[int, Future[list[NDArray[np.int32]]]]] = deque()
-    with ProcessPoolExecutor(processes, get_context("spawn"), _start_worker, (encoder,)) as pool:
-        for group in groups:
-            waiting.append((len(group), pool.submit(_encode_in_worker, group)))
-            if len(waiting) > 2 * processes:
-                size, future = waiting.popleft()
-                yield size, future.result()
-        for size, future in waiting:
-            yield size, future.result()
+    with TemporaryDirectory() as folder:
+        # Through a file: a worker that dies before it has read a large argument would leave this process waiting.
+        file = Path(folder, "encoder")
+        file.write_bytes(pickle.dumps(encoder))
+        try:
+            with ProcessPoolExecutor(processes, get_context("spawn"), _start_worker, (file,)) as pool:
+                for group in groups:
+                    waiting.append((len(group), pool.submit(_encode_in_worker, group)))
+                    if len(waiting) > 2 * processes:
+                        size, future = waiting.popleft()
+                        yield size, future.result()
+                for size, future in waiting:
+                    yield size, future.result()
+        except BrokenProcessPool as error:
+            raise DataError(
+                "a process that encodes text was ended from outside, perhaps for want of memory; what is complete is"
+                " kept: tokenise again, in fewer processes (--num-proc)"
+            ) from error
 
 
 _worker_encoder: Encoder | None = None
 
 
-def _start_worker(encoder: Encoder) -> None:
+def _start_worker(file: Path) -> None:
     global _worker_encoder
-    _worker_encoder = encoder
+    _worker_encoder = pickle.loads(file.read_bytes())
 
 
 def _encode_in_worker(texts: list[str]) -> list[NDArray[np.int32]]:

@@ -47,8 +47,8 @@ class TokenStore:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         try:
-            self.index: dict[str, Any] = json.loads((folder / "index.json").read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError) as error:
+            self.index: dict[str, Any] = dict(json.loads((folder / "index.json").read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
             raise DataError(f"{folder} holds no complete tokenised corpus: {error}") from error
         if self.index.get("format") != _FORMAT:
             raise DataError(f"{folder} has format {self.index.get('format')}, not {_FORMAT}; tokenise the corpus again")

@@ -10,7 +10,7 @@ import pytest
 
 from fat5.data import CorpusOptions, DataError, MixtureOptions, WindowDataset, special_ids, tokenize_corpus
 from fat5.data.documents import read_documents
-from fat5.data.encode import Encoder
+from fat5.data.encode import Encoder, encode_chunks
 from fat5.data.token_store import TokenStore, store_key, write_store
 
 
@@ -153,6 +153,19 @@ def test_a_stopped_tokenisation_goes_on_behind_its_last_shard(tmp_path, prose, t
     assert len(TokenStore(folder).shards()) > 2
 
 
+class Deadly:
+    """An encoder that ends the process it comes to before all of it is read."""
+
+    def __reduce__(self):
+        return os._exit, (9,), {"padding": b"x" * (1 << 20)}
+
+
+@pytest.mark.slow
+def test_a_killed_encoding_process_is_told():
+    with pytest.raises(DataError, match=r"a process that encodes text was ended from outside.*fewer processes"):
+        list(encode_chunks([["a"]] * 9, Deadly(), processes=2))
+
+
 def test_a_shard_that_was_cut_short_or_is_missing_is_refused(tmp_path, prose, tokenizer, ids):
     (tmp_path / "c.txt").write_text(prose[0])
     store = tokenize_corpus(CorpusOptions((str(tmp_path / "c.txt"),)), tokenizer, ids, tmp_path / "cache")
@@ -168,9 +181,10 @@ def test_a_shard_that_was_cut_short_or_is_missing_is_refused(tmp_path, prose, to
     (store.folder / "index.json").write_text('{"format": 99}')
     with pytest.raises(DataError, match="has format 99"):
         TokenStore(store.folder)
-    (store.folder / "index.json").write_text('{"form')
-    with pytest.raises(DataError, match="no complete tokenised corpus"):
-        TokenStore(store.folder)
+    for damaged in (b'{"form', b"\xff\xfe", b"5"):
+        (store.folder / "index.json").write_bytes(damaged)
+        with pytest.raises(DataError, match="no complete tokenised corpus"):
+            TokenStore(store.folder)
 
 
 def test_invalid_utf8_is_refused_by_place_or_replaced(tmp_path):
