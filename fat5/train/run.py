@@ -1,5 +1,6 @@
 """A run of `fat5 pretrain`: from a recipe to a trained FAT5 repo, with its log and its pictures."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from fat5.data.documents import DataError
 from fat5.train import checkpoints, sharding
 from fat5.train.arguments import training_arguments
 from fat5.train.callbacks import JsonLines, LastStep, ProgressBar
+from fat5.train.corpora import pin_corpora, require_same_text
 from fat5.train.data import load_data
 from fat5.train.energy import Energy
 from fat5.train.errors import Stopped, TrainingError
@@ -50,11 +52,14 @@ def pretrain(recipe: Recipe, resume: str = "auto") -> list[dict[str, Any]]:
     signals = StopSignals()
     energy = Energy()
     try:
-        trainer = _trainer(recipe, args, folder, signals)
+        pinned = pin_corpora(recipe, folder, fresh=checkpoint is None)
+        trainer = _trainer(pinned, args, folder, signals)
         trainer.add_callback(energy)
+        text = require_same_text(pinned, trainer.train_dataset, folder, fresh=checkpoint is None)
         if args.should_save:
             folder.root.mkdir(parents=True, exist_ok=True)
             folder.recipe.write_text(recipe_text(recipe), encoding="utf-8")
+            folder.corpora.write_text(json.dumps(text), encoding="utf-8")
         if checkpoint is not None and isinstance(trainer, StreamTrainer):
             trainer.begin_at(checkpoint)
         with signals:

@@ -40,7 +40,16 @@ def test_what_a_run_leaves(toy, tmp_path):
     assert result.exit_code == 0, result.output
     assert "all denoisers" in result.output
     out = tmp_path / "out"
-    files = {"recipe.yaml", "log.jsonl", "loss.png", "report.html", "samples.json", "checkpoints", "model"}
+    files = {
+        "recipe.yaml",
+        "corpora.json",
+        "log.jsonl",
+        "loss.png",
+        "report.html",
+        "samples.json",
+        "checkpoints",
+        "model",
+    }
     assert {p.name for p in out.iterdir()} == files
     samples = json.loads((out / "samples.json").read_text())
     assert [s["denoiser"] for s in samples["before"]] == [s["denoiser"] for s in samples["after"]]
@@ -150,6 +159,25 @@ def test_another_recipe_does_not_continue_a_run(trained):
     result = CliRunner().invoke(main, ["pretrain", str(trained / "recipe.yaml"), "--set", "training.seed=1"])
     assert result.exit_code == 1
     assert "holds a run of another recipe (training.seed: 0 -> 1)" in result.output
+
+
+def test_other_text_does_not_continue_a_run(toy, tmp_path):
+    """Neither more of it nor another word; but the same, written anew, does."""
+    path, text = tmp_path / "train.txt", toy.train.read_text()
+    path.write_text(text)
+    changes = {"data__train": f"[{{files: ['{path}'], documents: line}}]", "output__save_every": 1}
+    settings = toy.settings(tmp_path / "out", **changes)
+    assert run(settings).exit_code == 0
+    again = ("--resume", str(tmp_path / "out" / "checkpoints" / "checkpoint-1"))
+    word, *rest = text.split(" ")
+    for other in (text + text, " ".join(["cat" if word != "cat" else "dog", *rest])):
+        path.write_text(other)
+        result = run(settings, *again)
+        assert result.exit_code == 1
+        assert f"the text of {path} is not what it was when the run" in " ".join(result.output.split())
+    path.write_text(text)
+    result = run(settings, *again)
+    assert result.exit_code == 0, result.output
 
 
 def test_never_resuming_does_not_mix_runs(trained):
