@@ -4,7 +4,11 @@ Each starts with nothing in the cache but what it downloads itself.
 """
 
 import os
+import re
 import sys
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -12,6 +16,7 @@ import transformers
 from fork_server import serve
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, Trainer, TrainingArguments
 
+EVERY = {"save_strategy": "steps", "save_steps": 1, "hub_strategy": "every_save", "hub_always_push": True}
 IDS = torch.arange(3, 27).view(2, 12)
 
 
@@ -63,6 +68,17 @@ def check(repo: str, file: str | None = None, tokenizer: bool = True, **options)
     assert not any(name.split(".")[0] == "fat5" for name in sys.modules)
 
 
+def run_card(repo: str) -> None:
+    """Do what its card says of how to load it."""
+    from huggingface_hub import ModelCard
+
+    (code,) = re.findall(r"```python\n(.*?)```", ModelCard.load(repo).text, re.DOTALL)
+    names: dict = {}
+    exec(code, names)
+    assert type(names["model"]).__name__ == names["model"].config.architectures[0]
+    assert "inputs" in names
+
+
 def save_and_push(repo: str, target: str, file: str) -> None:
     model = changed(repo)
     keep(model, file)
@@ -95,8 +111,7 @@ def train_and_push(repo: str, target: str, file: str, folder: str) -> None:
 
 def train_pushing_every_save(repo: str, target: str, file: str, folder: str) -> None:
     """A push after each checkpoint, and no other: as if the run had been killed before its last."""
-    every = {"save_strategy": "steps", "save_steps": 1, "hub_strategy": "every_save", "hub_always_push": True}
-    training = trainer(load(repo), folder, target, repo, **every)
+    training = trainer(load(repo), folder, target, repo, **EVERY)
     training.train()
     training._finish_current_push()
     keep(training.model, file)
@@ -116,24 +131,76 @@ def merge_and_push(repo: str, target: str, file: str) -> None:
     merged.push_to_hub(target)
 
 
-def shard_and_push(repo: str, target: str, file: str, folder: str) -> None:
-    """FSDP2, of a group of this one process."""
+def together(work: Callable[[int], None], folder: str) -> None:
+    """Do it in two processes, of which this one is the first, that make a group."""
     from torch import distributed as dist
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-    from torch.distributed.fsdp import fully_shard
 
     Path(folder).mkdir()
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
-    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
-    model = changed(repo)
-    keep(model, file)
-    for block in [*model.encoder.block, *model.decoder.block]:
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    second = os.fork()
+    rank = 0 if second else 1
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    status = 1
+    try:
+        dist.init_process_group(
+            "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=100)
+        )
+        work(rank)
+        status = 0
+    finally:
+        if rank == 1:
+            if status:
+                traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(status)
+    assert os.waitpid(second, 0)[1] == 0
+
+
+def whole(model) -> dict[str, torch.Tensor]:
+    """The weights of a sharded model, in the first process; nothing in the second."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    from torch.distributed.tensor import DTensor
+
     assert type(model).__name__ == "FSDPFlashT5ForConditionalGeneration"
-    whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    model.save_pretrained(f"{folder}/model", state_dict=whole)
+    assert all(isinstance(weight, DTensor) for weight in model.parameters())
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def shard_and_push(repo: str, target: str, file: str, folder: str) -> None:
+    """FSDP2 by torch alone."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    def work(rank: int) -> None:
+        mesh = init_device_mesh("cpu", (2,))
+        model = changed(repo)
+        if rank == 0:
+            keep(model, file)
+        for block in [*model.encoder.block, *model.decoder.block]:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        model.save_pretrained(f"{folder}/model", state_dict=whole(model), is_main_process=rank == 0)
+
+    together(work, folder)
     upload(f"{folder}/model", target)
+
+
+def train_sharded_pushing_every_save(repo: str, target: str, file: str, folder: str) -> None:
+    """FSDP2 by `Trainer`, with a push after each checkpoint and one at the end."""
+
+    def work(rank: int) -> None:
+        plugin = {"fsdp_version": 2, "transformer_layer_cls_to_wrap": ["FlashT5Block"]}
+        plugin["state_dict_type"] = "FULL_STATE_DICT"
+        training = trainer(load(repo), f"{folder}/run", target, repo, **EVERY, fsdp="full_shard", fsdp_config=plugin)
+        training.train()
+        training.save_model()
+        weights = whole(training.model)
+        training._finish_current_push()
+        if rank == 0:
+            model = load(repo)
+            model.load_state_dict(weights)
+            keep(model, file)
+
+    together(work, folder)
 
 
 def upload(folder: str, target: str) -> None:
@@ -154,11 +221,13 @@ ACTIONS = {
     action.__name__: action
     for action in (
         check,
+        run_card,
         save_and_push,
         train_and_push,
         train_pushing_every_save,
         merge_and_push,
         shard_and_push,
+        train_sharded_pushing_every_save,
         pin_and_push,
         upload,
     )
