@@ -138,7 +138,6 @@ def together(work: Callable[[int], None], folder: str) -> None:
     Path(folder).mkdir()
     second = os.fork()
     rank = 0 if second else 1
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     status = 1
     try:
         dist.init_process_group(
@@ -155,52 +154,33 @@ def together(work: Callable[[int], None], folder: str) -> None:
     assert os.waitpid(second, 0)[1] == 0
 
 
-def whole(model) -> dict[str, torch.Tensor]:
-    """The weights of a sharded model, in the first process; nothing in the second."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-    from torch.distributed.tensor import DTensor
-
-    assert type(model).__name__ == "FSDPFlashT5ForConditionalGeneration"
-    assert all(isinstance(weight, DTensor) for weight in model.parameters())
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-
-
 def shard_and_push(repo: str, target: str, file: str, folder: str) -> None:
-    """FSDP2 by torch alone."""
+    """A step of FSDP2, saved as `Trainer` does it, which itself shards on GPUs alone."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
 
     def work(rank: int) -> None:
         mesh = init_device_mesh("cpu", (2,))
         model = changed(repo)
-        if rank == 0:
-            keep(model, file)
         for block in [*model.encoder.block, *model.decoder.block]:
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
-        model.save_pretrained(f"{folder}/model", state_dict=whole(model), is_main_process=rank == 0)
+        assert type(model).__name__ == "FSDPFlashT5ForConditionalGeneration"
+        assert all(isinstance(weight, DTensor) for weight in model.parameters())
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        model(input_ids=IDS, labels=IDS[:, :5]).loss.backward()
+        optimizer.step()
+        whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        if rank == 0:
+            alone = load(repo)
+            alone.load_state_dict(whole)
+            keep(alone, file)
+        model.save_pretrained(f"{folder}/model", state_dict=whole, is_main_process=rank == 0)
 
     together(work, folder)
     upload(f"{folder}/model", target)
-
-
-def train_sharded_pushing_every_save(repo: str, target: str, file: str, folder: str) -> None:
-    """FSDP2 by `Trainer`, with a push after each checkpoint and one at the end."""
-
-    def work(rank: int) -> None:
-        plugin = {"fsdp_version": 2, "transformer_layer_cls_to_wrap": ["FlashT5Block"]}
-        plugin["state_dict_type"] = "FULL_STATE_DICT"
-        training = trainer(load(repo), f"{folder}/run", target, repo, **EVERY, fsdp="full_shard", fsdp_config=plugin)
-        training.train()
-        training.save_model()
-        weights = whole(training.model)
-        training._finish_current_push()
-        if rank == 0:
-            model = load(repo)
-            model.load_state_dict(weights)
-            keep(model, file)
-
-    together(work, folder)
 
 
 def upload(folder: str, target: str) -> None:
@@ -227,7 +207,6 @@ ACTIONS = {
         train_pushing_every_save,
         merge_and_push,
         shard_and_push,
-        train_sharded_pushing_every_save,
         pin_and_push,
         upload,
     )
