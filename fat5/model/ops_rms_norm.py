@@ -1,9 +1,10 @@
 """RMSNorm of a residual sum, in one pass: the public function, its reference and its operator."""
 
 import torch
+from torch.nn import functional as F
 
 from .ops_attention import DTYPES, kernels_serve
-from .ops_operator import operator
+from .ops_operator import is_launch_bound, operator
 from .ops_philox import draw_seed, elementwise_dropout
 
 try:
@@ -57,6 +58,8 @@ def add_rms_norm(
     served = weight.numel() <= MAX_WIDTH and out_dtype in DTYPES and all(x.dtype in DTYPES for x in tensors)
     if not (served and kernels_serve(hidden_states.device)):
         return reference_add_rms_norm(hidden_states, branch, weight, eps, dropout_p, seed, out_dtype)
+    if dropout_p == 0 and is_launch_bound(hidden_states):
+        return _add_rms_norm_of_few(hidden_states, branch, weight, eps, out_dtype)
     out, total, _ = rms_norm_forward(hidden_states, branch, weight, seed, eps, dropout_p, out_dtype)
     return out, hidden_states if branch is None else total
 
@@ -71,18 +74,43 @@ def reference_add_rms_norm(
     out_dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same in plain torch, rounded where stock T5 rounds. Differentiable by autograd."""
-    if branch is not None:
-        if dropout_p > 0 and seed is not None:
-            branch = elementwise_dropout(branch, dropout_p, seed)
-        hidden_states = hidden_states + branch
-        if hidden_states.dtype == torch.float16:
-            largest = torch.finfo(torch.float16).max
-            hidden_states = hidden_states.clamp(min=-largest, max=largest)
-    wide = torch.promote_types(hidden_states.dtype, torch.float32)
-    normed = hidden_states * torch.rsqrt(hidden_states.to(wide).square().mean(-1, keepdim=True) + eps)
+    if branch is not None and dropout_p > 0 and seed is not None:
+        branch = elementwise_dropout(branch, dropout_p, seed)
+    hidden_states = _add(hidden_states, branch)
+    normed = _normalise(hidden_states, eps)
     if out_dtype in (torch.float16, torch.bfloat16):
         normed = normed.to(out_dtype)
     return (weight.to(normed.dtype) * normed).to(out_dtype), hidden_states
+
+
+def _add_rms_norm_of_few(
+    hidden_states: torch.Tensor,
+    branch: torch.Tensor | None,
+    weight: torch.Tensor,
+    eps: float,
+    out_dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same in three launches of torch's own, rounded once, as the kernel does. Without gradients."""
+    hidden_states = _add(hidden_states, branch)
+    out = torch.empty(hidden_states.shape, dtype=out_dtype, device=hidden_states.device)
+    return torch.mul(_normalise(hidden_states, eps), weight, out=out), hidden_states
+
+
+def _add(hidden_states: torch.Tensor, branch: torch.Tensor | None) -> torch.Tensor:
+    """The sum, within fp16's range if it is fp16."""
+    if branch is None:
+        return hidden_states
+    hidden_states = hidden_states + branch
+    if hidden_states.dtype == torch.float16:
+        largest = torch.finfo(torch.float16).max
+        hidden_states = hidden_states.clamp(min=-largest, max=largest)
+    return hidden_states
+
+
+def _normalise(hidden_states: torch.Tensor, eps: float) -> torch.Tensor:
+    """`x / rms(x)` in fp32 or wider."""
+    wide = torch.promote_types(hidden_states.dtype, torch.float32)
+    return F.rms_norm(hidden_states.to(wide), hidden_states.shape[-1:], eps=eps)
 
 
 def _check(hidden: torch.Tensor, branch: torch.Tensor | None, weight: torch.Tensor, dropout_p: float) -> None:
