@@ -195,5 +195,14 @@ class AttentionMask:
             bias = torch.where(self.allowed, torch.zeros_like(masked) if bias is None else bias, masked)
         if bias is None or not bias.is_cuda:
             return bias
-        # torch's kernels want rows that begin at multiples of 16 elements, and would copy the matrix in every layer
-        return F.pad(bias, (0, -bias.shape[-1] % 16))[..., : bias.shape[-1]]
+        return begin_rows_at_16(bias)
+
+
+def begin_rows_at_16(bias: torch.Tensor) -> torch.Tensor:
+    """The same numbers, in rows that lie at multiples of 16 elements, as torch's kernels want them.
+
+    Otherwise they would copy the matrix in every layer.
+    """
+    bias = bias.contiguous()
+    length = bias.shape[-1]
+    return bias if length % 16 == 0 else F.pad(bias, (0, 16 - length % 16))[..., :length]

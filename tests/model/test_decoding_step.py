@@ -6,6 +6,7 @@ from model_parity import batch, build_pair, relative_error
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from fat5.model import ops_gated_act, ops_rms_norm
+from fat5.model.attention_mask import begin_rows_at_16
 from fat5.model.position_encoding import RelativePositionBias
 
 ROUNDING = {torch.float32: 2e-7, torch.bfloat16: 2**-8, torch.float16: 2**-11}  # one, at most, of the largest values
@@ -78,6 +79,15 @@ def test_bias_of_the_latest_token_is_the_last_row(length):
     bias = RelativePositionBias(num_buckets=32, max_distance=128, num_heads=3, bidirectional=False)
     positions = torch.arange(length)
     assert torch.equal(bias.last_row(length), bias(positions[-1:], positions))
+
+
+@pytest.mark.parametrize("length", [16, 17, 300])
+def test_biases_lie_as_the_kernels_of_torch_want_them(length):
+    bias = torch.randn(1, 1, length, 4).permute(0, 3, 1, 2)  # as looked up: head by head for every key
+    lying = begin_rows_at_16(bias)
+    assert torch.equal(lying, bias)
+    assert lying.stride(3) == 1
+    assert all(step % 16 == 0 for step in lying.stride()[:3])
 
 
 def test_beams_move_what_was_decoded_and_not_what_was_read():
