@@ -13,6 +13,7 @@ from torch.nn import functional as F
 import fat5.model.layers_flash_t5
 import fat5.model.modeling_flash_t5
 from fat5.model import fused_linear as fused_linear_module
+from fat5.model import recomputed_linear
 
 SHAPE = {"num_layers": 1, "num_heads": 2, "vocab_size": 99}
 TOKENS = (4, 3, 2) if INTERPRETED else (61, 37, 3)
@@ -207,3 +208,36 @@ def test_autocast(kernels):
         plain, fused = ((x[name] - gradient).norm() for x in found)
         assert found[1][name].dtype == torch.float32
         assert fused <= 2 * plain + 0.01 * gradient.norm(), name
+
+
+@needs_kernels
+@pytest.mark.parametrize("wrapped", ["layer_norm", "act", "self_attention", "wo"])
+def test_hooks_see_what_they_saw(wrapped, kernels):
+    """Layers whose products are joined with what stands before them are called where somebody waits for the call."""
+    kernels(True)
+    model, inputs = build(d_ff=3, num_heads=1, d_kv=2).train(), inputs_of()
+    _, expected = loss_and_gradients(model, **inputs)
+    seen = []
+    for name, module in model.named_modules():
+        if name.endswith(f".{wrapped}"):
+            module.register_forward_hook(lambda module, given, output: seen.append(given[0].shape))
+    _, hooked = loss_and_gradients(model, **inputs)
+    assert len(seen) == {"layer_norm": 5, "act": 2, "self_attention": 2, "wo": 2}[wrapped]
+    for name, gradient in expected.items():
+        assert relative_error(hooked[name], gradient) < 2e-5, name
+
+
+@needs_kernels
+def test_norms_and_activations_are_computed_again(kernels, monkeypatch):
+    """In every sub-layer, in training; what that keeps is tested with the operators."""
+    kernels(True)
+    calls = []
+    for function in (recomputed_linear.NormLinear, recomputed_linear.GatedActLinear):
+        apply = function.apply
+        monkeypatch.setattr(function, "apply", lambda *x, f=function, apply=apply: calls.append(f) or apply(*x))
+    model, inputs = build(d_ff=3, num_heads=1, d_kv=2).train(), inputs_of()
+    loss_and_gradients(model, **inputs)
+    assert (calls.count(recomputed_linear.NormLinear), calls.count(recomputed_linear.GatedActLinear)) == (5, 2)
+    with torch.no_grad():
+        model(**inputs)
+    assert len(calls) == 7
