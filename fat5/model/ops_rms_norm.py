@@ -48,16 +48,16 @@ def add_rms_norm(
 
     Source: Zhang & Sennrich 2019 (arXiv:1910.07467).
     """
-    _check(hidden_states, branch, weight, dropout_p)
     out_dtype = weight.dtype if out_dtype is None else out_dtype
+    if dropout_p == 0 and is_launch_bound(hidden_states):  # torch's operations look at shapes themselves
+        return _add_rms_norm_of_few(hidden_states, branch, weight, eps, out_dtype)
+    _check(hidden_states, branch, weight, dropout_p)
     if branch is None:
         dropout_p = 0.0
     if seed is None:
         seed = draw_seed(dropout_p, hidden_states.device)
     if not norm_kernels_serve(hidden_states, branch, weight, out_dtype):
         return reference_add_rms_norm(hidden_states, branch, weight, eps, dropout_p, seed, out_dtype)
-    if dropout_p == 0 and is_launch_bound(hidden_states):
-        return _add_rms_norm_of_few(hidden_states, branch, weight, eps, out_dtype)
     out, total, _ = rms_norm_forward(hidden_states, branch, weight, seed, eps, dropout_p, out_dtype)
     return out, hidden_states if branch is None else total
 
@@ -98,9 +98,8 @@ def _add_rms_norm_of_few(
     out_dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same in three launches of torch's own, rounded once, as the kernel does. Without gradients."""
-    hidden_states = _add(hidden_states, branch)
-    out = torch.empty(hidden_states.shape, dtype=out_dtype, device=hidden_states.device)
-    return torch.mul(_normalise(hidden_states, eps), weight, out=out), hidden_states
+    total = _add(hidden_states, branch)
+    return torch.mul(_normalise(total, eps), weight, out=torch.empty_like(total, dtype=out_dtype)), total
 
 
 def _add(hidden_states: torch.Tensor, branch: torch.Tensor | None) -> torch.Tensor:
