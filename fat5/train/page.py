@@ -101,6 +101,7 @@ def _throughput(log: Log) -> str:
         "mfu": ("MFU, of the device's dense bf16 peak", "{:.1%}"),
         "padding": ("padding, of the computed tokens", "{:.1%}"),
         "data_wait": ("waiting for data, of the time", "{:.2%}"),
+        "peak_memory_gib": ("most GPU memory that tensors took, GiB", "{:.1f}"),
     }
     rows = []
     for key, (name, form) in names.items():
