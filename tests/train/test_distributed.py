@@ -1,4 +1,7 @@
-"""DDP and FSDP2, as two processes on a CPU: the same steps, checkpoints for any number of processes, a whole repo."""
+"""DDP and FSDP2, as two processes: the same steps, checkpoints for any number of processes, a whole repo.
+
+With gloo on a CPU and, where there are two, with NCCL on GPUs; one process, on a CPU, says what is right.
+"""
 
 import json
 import os
@@ -41,18 +44,22 @@ def alone(folder, *, sharded=False, resume=None, **changes):
     return whole_weights(trainer.model) if sharded else trainer.model.state_dict()
 
 
-@pytest.fixture(scope="module")
-def two(toy, tmp_path_factory, group) -> Path:
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def two(request, toy, tmp_path_factory, group) -> Path:
     """What two processes leave; see two_processes.py."""
+    if request.param == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
     folder = tmp_path_factory.mktemp("two")
     for name in ("ddp", "fsdp"):
         alone(folder / f"{name}_one", sharded=name == "fsdp", save_total_limit=9)
-    settings = toy.settings(folder / "run", training__parallel="fsdp", training__optimizer="adamw_scale")
+    changes = {"training__parallel": "fsdp", "training__optimizer": "adamw_scale"}
+    changes["training__device"] = "cpu" if request.param == "cpu" else "auto"
+    settings = toy.settings(folder / "run", **changes)
     (folder / "settings.json").write_text(json.dumps(settings))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     script = [str(HERE / "two_processes.py"), str(folder), str(SMOKE)]
     paths = os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "TOY_DEVICE": request.param}
     done = subprocess.run([*command, *script], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return folder

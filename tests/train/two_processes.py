@@ -8,8 +8,10 @@ from pathlib import Path
 
 import torch
 from accelerate.state import AcceleratorState
+from torch import Tensor
 from torch import distributed as dist
-from toy_training import SCALED, Gradients, losses, make_trainer, toy_model
+from torch.utils._pytree import tree_map_only
+from toy_training import ON_CPU, SCALED, Gradients, losses, make_trainer, toy_model
 from transformers import TrainerCallback
 
 from fat5.train.options import GuardOptions
@@ -18,6 +20,7 @@ from fat5.train.run import pretrain
 from fat5.train.sharding import shard, whole_weights
 
 RANK = int(os.environ["RANK"])
+DEVICE = torch.device("cpu" if ON_CPU else f"cuda:{RANK}")
 
 
 def started(folder: Path, *, sharded=False, **changes):
@@ -25,7 +28,7 @@ def started(folder: Path, *, sharded=False, **changes):
     AcceleratorState._reset_state(reset_partial_state=True)
     model = toy_model()
     if sharded:
-        shard(model, torch.device("cpu"))
+        shard(model, DEVICE)
     return make_trainer(folder, model=model, eval_strategy="no", **changes)
 
 
@@ -34,8 +37,8 @@ def weights(trainer) -> dict:
 
 
 def keep(folder: Path, name: str, value) -> None:
-    """Save what the test is to look at; each process its own."""
-    torch.save(value, folder / f"{name}-{RANK}.pt")
+    """Save what the test is to look at, on the CPU; each process its own."""
+    torch.save(tree_map_only(torch.Tensor, Tensor.cpu, value), folder / f"{name}-{RANK}.pt")
 
 
 class Kill(TrainerCallback):
