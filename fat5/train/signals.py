@@ -7,6 +7,9 @@ STOPPED = 75
 """Exit status of a run that saved and stopped because of a signal: EX_TEMPFAIL, try again (sysexits.h)."""
 
 
+_NUMBERS = (signal.SIGTERM, signal.SIGINT)
+
+
 class StopSignals:
     """While it is entered, SIGTERM and SIGINT are noted instead of ending the process; the second one ends it.
 
@@ -18,7 +21,7 @@ class StopSignals:
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> "StopSignals":
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in _NUMBERS:
             self._before[number] = signal.signal(number, self._note)
         return self
 
@@ -28,4 +31,23 @@ class StopSignals:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number).name
-        signal.signal(number, self._before[number])  # type: ignore[arg-type]  # what it returned itself
+        for each, handler in self._before.items():
+            signal.signal(each, handler)  # type: ignore[arg-type]  # what it returned itself
+
+
+def outlive_first(worker: int) -> None:
+    """Let a process that prepares batches live through the first signal, as the run does that it works for.
+
+    torchrun and Slurm send theirs to all of a run's processes, and a worker that ends takes the run with it, before
+    anything is saved. A `worker_init_fn`: torch has set a handler of its own by then, which ends the worker.
+
+    Args:
+        worker: its number.
+    """
+    for number in _NUMBERS:
+        signal.signal(number, _let_pass)
+
+
+def _let_pass(number: int, frame: FrameType | None) -> None:
+    for each in _NUMBERS:
+        signal.signal(each, signal.SIG_DFL)
