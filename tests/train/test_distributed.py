@@ -14,10 +14,14 @@ import torch
 from click.testing import CliRunner
 from torch import distributed as dist
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 from toy_training import SCALED, Gradients, ToyBatches, losses, make_trainer, toy_model
 from transformers import AutoModelForSeq2SeqLM
 
 from fat5.model.runtime_files import RUNTIME_FILES
+from fat5.train.data import load_data
+from fat5.train.held_out import measure, summarise
+from fat5.train.load import load_model, load_tokenizer
 from fat5.train.recipe import load_recipe
 from fat5.train.sharding import FOLDER, shard, whole_weights
 
@@ -130,6 +134,25 @@ def test_a_bad_step_of_one_process_is_skipped_by_all(two):
         assert first[name].isfinite().all(), name
     [entry] = map(json.loads, (two / "spoilt" / "bad_steps.jsonl").open())
     assert (entry["step"], entry["action"]) == (3, "skipped")
+
+
+def test_processes_that_see_different_checkpoints_do_not_start(two):
+    for rank in (0, 1):
+        assert "see different checkpoints in" in left(two, "disagree", rank)
+        assert "(none, checkpoint-1, by rank)" in left(two, "disagree", rank)
+
+
+def test_two_processes_measure_what_one_does_on_held_out_text(two, toy):
+    """Twelve examples in batches of five: the last ones do not divide among two."""
+    recipe = load_recipe(SMOKE, json.loads((two / "settings.json").read_text()))
+    model = load_model(recipe.model).eval()
+    data = load_data(recipe, load_tokenizer(recipe.model, model.config), model.config.vocab_size, 2)
+    loader = DataLoader(data.held_out, 1, collate_fn=data.held_out_collator)
+    examples = measure(lambda batch: model(input_ids=batch["input_ids"], labels=batch["labels"]).logits, loader)
+    assert len(examples.losses) == 12
+    expected = summarise(examples, data.denoisers, "eval")
+    logged = json.loads((two / "run" / "log.jsonl").read_text().splitlines()[0])
+    assert logged == pytest.approx(expected | {"step": 0}, rel=1e-5)
 
 
 def test_the_repo_of_a_sharded_run_is_whole_and_exports(two, toy, tmp_path):

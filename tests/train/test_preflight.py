@@ -79,6 +79,16 @@ def test_what_cannot_start_is_found(toy, tmp_path, changes, message):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(("parallel", "each"), [("ddp", 12), ("fsdp", 16)])
+def test_the_size_of_a_checkpoint_is_foretold(toy, tmp_path, parallel, each):
+    """fp32 weights and AdamW's two moments and, of a sharded run, the weights as a whole too."""
+    fresh = "{d_model: 128, d_kv: 16, num_layers: 2}"
+    result = dry_run(toy.settings(tmp_path / "out", model__fresh=fresh, training__parallel=parallel))
+    parameters = int(re.search(r"model: ([\d,]+) parameters", result.output)[1].replace(",", ""))
+    foretold = float(re.search(r"disk: ([\d.]+) MiB a checkpoint", result.output)[1])
+    assert foretold == pytest.approx(parameters * each / 2**20, abs=0.06)
+
+
 def test_damaged_weights_are_found(toy, tmp_path):
     shutil.copytree(toy.model, tmp_path / "model")
     weights = load_file(tmp_path / "model" / "model.safetensors")

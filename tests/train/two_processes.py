@@ -14,6 +14,9 @@ from torch.utils._pytree import tree_map_only
 from toy_training import ON_CPU, SCALED, Gradients, losses, make_trainer, toy_model
 from transformers import TrainerCallback
 
+from fat5.train.continuation import require_agreement
+from fat5.train.errors import TrainingError
+from fat5.train.folder import RunFolder
 from fat5.train.options import GuardOptions
 from fat5.train.recipe import load_recipe
 from fat5.train.run import pretrain
@@ -95,6 +98,11 @@ def main(folder: Path, recipe: Path) -> None:
     trainer.callback_handler.callbacks.insert(0, SpoilOne())
     trainer.train()
     keep(folder, "spoilt", (trainer.progress.skipped, weights(trainer)))
+
+    try:  # as if the machines had a folder each
+        require_agreement(RunFolder(folder), folder / f"checkpoint-{RANK}" if RANK else None)
+    except TrainingError as error:
+        keep(folder, "disagree", str(error))
 
     AcceleratorState._reset_state(reset_partial_state=True)
     pretrain(load_recipe(recipe, json.loads((folder / "settings.json").read_text())))
