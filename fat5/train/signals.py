@@ -1,6 +1,8 @@
 """Stop a run when it is asked to, at a place from which it can go on."""
 
+import os
 import signal
+import threading
 from types import FrameType, TracebackType
 
 STOPPED = 75
@@ -39,15 +41,19 @@ def outlive_first(worker: int) -> None:
     """Let a process that prepares batches live through the first signal, as the run does that it works for.
 
     torchrun and Slurm send theirs to all of a run's processes, and a worker that ends takes the run with it, before
-    anything is saved. A `worker_init_fn`: torch has set a handler of its own by then, which ends the worker.
+    anything is saved. What the run itself sends is obeyed at once: it waits for its workers' end. A `worker_init_fn`;
+    torch has set a handler of its own by then, which ends the worker whoever it was.
 
     Args:
         worker: its number.
     """
-    for number in _NUMBERS:
-        signal.signal(number, _let_pass)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS; a Python handler would not be told who sent a signal
+        signal.pthread_sigmask(signal.SIG_BLOCK, _NUMBERS)
+        threading.Thread(target=_heed, daemon=True).start()
 
 
-def _let_pass(number: int, frame: FrameType | None) -> None:
-    for each in _NUMBERS:
-        signal.signal(each, signal.SIG_DFL)
+def _heed() -> None:
+    for _ in range(2):
+        if signal.sigwaitinfo(_NUMBERS).si_pid == os.getppid():
+            break
+    os._exit(0)
