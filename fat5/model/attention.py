@@ -12,6 +12,7 @@ from .configuration_flash_t5 import FlashT5Config
 from .flash_attention import FLASH_ATTENTION, flash_attention
 from .fused_attention import fused_attention
 from .fused_linear import project
+from .norm_flash_t5 import NormedSum
 from .position_alibi import AlibiPositionBias
 from .position_bias import build_position_bias, kernel_bias
 from .position_fire import FirePositionBias
@@ -94,7 +95,7 @@ class FlashT5Attention(nn.Module):
 
     def forward(
         self,
-        hidden_states: torch.Tensor,
+        hidden_states: torch.Tensor | NormedSum,
         mask: AttentionMask,
         bias: torch.Tensor | None = None,
         key_value_states: torch.Tensor | None = None,
@@ -104,7 +105,7 @@ class FlashT5Attention(nn.Module):
         """Attend, and hand on the bias for the next layer to share.
 
         Args:
-            hidden_states: `[B, Lq, D]`, or `[1, Tq, D]` in a packed stack.
+            hidden_states: `[B, Lq, D]`, or `[1, Tq, D]` in a packed stack, normalised or about to be.
             mask: who may attend to whom, prepared.
             bias: what an earlier layer handed on; None to begin here.
             key_value_states: `[B, Lk, D]` or `[1, Tk, D]` for cross-attention.
@@ -161,7 +162,7 @@ class FlashT5Attention(nn.Module):
 
     def _project(
         self,
-        hidden_states: torch.Tensor,
+        hidden_states: torch.Tensor | NormedSum,
         mask: AttentionMask,
         key_value_states: torch.Tensor | None,
         past_key_values: EncoderDecoderCache | None,
@@ -171,9 +172,9 @@ class FlashT5Attention(nn.Module):
             states = project(hidden_states, (self.Wq, self.Wk, self.Wv))
         elif past_key_values is not None and past_key_values.is_updated.get(self.layer_idx):
             cached: Any = past_key_values.cross_attention_cache.layers[self.layer_idx]
-            return self._split_heads(self.Wq(hidden_states)), cached.keys, cached.values
+            return self._split_heads(project(hidden_states, (self.Wq,))[0]), cached.keys, cached.values
         else:
-            states = [self.Wq(hidden_states), *project(key_value_states, (self.Wk, self.Wv))]
+            states = [*project(hidden_states, (self.Wq,)), *project(key_value_states, (self.Wk, self.Wv))]
         query, key, value = map(self._split_heads, states)
         if mask.rotary is not None:
             query, key = mask.rotary.rotate_query(query), mask.rotary.rotate_key(key)

@@ -119,21 +119,25 @@ def gated_act_backward(
     act: int,
     gated: bool,
     dropout_p: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of x and of the factor `up` (empty if it is part of x), contiguous."""
+    recompute: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of x and of the factor `up` (empty if it is part of x), and the output once more (or nothing)."""
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dup = torch.empty(0 if up is None else x.shape, dtype=x.dtype, device=x.device)
     first, second = _halves(x, up, gated)
     dfirst, dsecond = _halves(dx, None if up is None else dup, gated)
     dout = dout.reshape(-1, dout.shape[-1])
     dout = dout if dout.stride(-1) == 1 else dout.contiguous()
-    launch_backward(dout, first, second, dfirst, dsecond, act, dropout_p, seed)
-    return dx, dup
+    out = torch.empty(first.shape if recompute else 0, dtype=x.dtype, device=x.device)
+    launch_backward(dout, first, second, dfirst, dsecond, act, dropout_p, seed, out if recompute else None)
+    return dx, dup, out.view(*x.shape[:-1], first.shape[-1]) if recompute else out
 
 
 @gated_act_backward.register_fake
-def _backward_shapes(dout, x, up, *options):  # type: ignore[no-untyped-def]  # as long as the operator's own
-    return x.new_empty(x.shape), x.new_empty(0 if up is None else x.shape)
+def _backward_shapes(  # type: ignore[no-untyped-def]  # as long as the operator's own
+    dout, x, up, seed, act, gated, dropout_p, recompute=False
+):
+    return x.new_empty(x.shape), x.new_empty(0 if up is None else x.shape), x.new_empty(dout.shape if recompute else 0)
 
 
 def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]  # torch's own context object
@@ -143,7 +147,7 @@ def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-
 
 def _backward(ctx, dout):  # type: ignore[no-untyped-def]  # as above
     x, up, seed = ctx.saved_tensors
-    dx, dup = gated_act_backward(dout, x, up, seed, *ctx.options)
+    dx, dup, _ = gated_act_backward(dout, x, up, seed, *ctx.options)
     return dx, None if up is None else dup, None, None, None, None
 
 

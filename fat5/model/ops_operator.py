@@ -5,6 +5,7 @@ gradient also costs more Python than the launch of its kernel, and a training st
 code calls the same functions directly, under an `autograd.Function`.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +22,7 @@ class Operator:
     """
 
     def __init__(self, name: str, function: Callable[..., Any]) -> None:
-        self.function = function
+        self.function = function = on_its_device(function)
         self.definition = torch.library.custom_op(name, function, mutates_args=())
         namespace, _, short = name.partition("::")
         self.registered = getattr(getattr(torch.ops, namespace), short)
@@ -55,6 +56,20 @@ class Operator:
         if is_watched():
             return self.registered(*inputs)
         return self.function(*inputs) if self.direct is None else self.direct.apply(*inputs)
+
+
+def on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function of tensors on one device, run with that as the current one, on which Triton launches kernels."""
+
+    @functools.wraps(function)
+    def run(*inputs: Any, **options: Any) -> Any:
+        device = next(x.device for x in (*inputs, *options.values()) if isinstance(x, torch.Tensor))
+        if device.type != "cuda" or device.index == torch.cuda.current_device():
+            return function(*inputs, **options)
+        with torch.cuda.device(device):
+            return function(*inputs, **options)
+
+    return run
 
 
 def operator(name: str) -> Callable[[Callable[..., Any]], Operator]:
