@@ -76,4 +76,5 @@ class RelativePositionBias(nn.Module):
     def table(self) -> torch.Tensor:
         """The table `[num_buckets, num_heads]`, looked up, as the embedding may be wrapped or offloaded."""
         embedding = self.relative_attention_bias
-        return embedding(torch.arange(self.num_buckets, device=embedding.weight.device))
+        device = embedding.weight.device if not embedding.weight.is_meta else "cpu"  # from where its hook takes them on
+        return embedding(torch.arange(self.num_buckets, device=device))

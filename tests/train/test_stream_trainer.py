@@ -50,8 +50,8 @@ def settings(toy, folder, out, kind, **changes):
     return toy.settings(out, output__keep_checkpoints=9, **(options | changes))
 
 
-def run(arguments):
-    return CliRunner().invoke(main, ["pretrain", str(SMOKE), *(p for s in arguments for p in ("--set", s))])
+def run(arguments, *more):
+    return CliRunner().invoke(main, ["pretrain", str(SMOKE), *(p for s in arguments for p in ("--set", s)), *more])
 
 
 def log(folder):
@@ -102,9 +102,9 @@ def test_a_checkpoint_with_a_damaged_place_is_refused(toy, tmp_path):
     shutil.rmtree(tmp_path / "out" / "checkpoints" / "checkpoint-4")
     place = tmp_path / "out" / "checkpoints" / "checkpoint-2" / STATE_FILE
     place.write_text("?" * place.stat().st_size)
-    result = run(arguments)
+    result = run(arguments, "--resume", str(place.parent))
     assert result.exit_code == 1
-    assert f"checkpoint-2/{STATE_FILE}, which tells the place in the streamed corpora" in result.output
+    assert f"not a complete checkpoint ({STATE_FILE} is damaged)" in result.output
 
 
 def in_two_processes(folder, arguments, name, stop_at=-1):
