@@ -120,6 +120,8 @@ class DataOptions:
             raise ValueError("stages must be in the order of their from_step")
         if len({c.streaming for c in self.train}) > 1:
             raise ValueError("either all training corpora are streaming, or none")
+        if len(self.train) > 1 and self.train[0].streaming and None in weights:
+            raise ValueError("several streamed corpora need weights: a stream does not tell its size")
         if self.max_input_length < 8 or self.max_target_length < 8:
             raise ValueError("max_input_length and max_target_length must be at least 8")
         if self.window is not None and self.window < 1:

@@ -26,6 +26,7 @@ from fat5.data.encode import Encoder, chunks, encode_chunks, naming_documents
 from fat5.data.hub_revision import pinned
 from fat5.data.options import CorpusOptions
 from fat5.data.special_ids import SpecialIds
+from fat5.folders import write_file
 
 Progress = Callable[[int, int], None]
 
@@ -222,7 +223,7 @@ def write_store(
     while (shard := _write_shard(folder, len(shards), groups, dtype, shard_tokens, progress)) is not None:
         shards.append(shard)
     index = {"format": _FORMAT, "dtype": dtype.str, "shards": [asdict(s) for s in shards]}
-    _write_atomically(folder / "index.json", json.dumps(index, indent=1).encode())
+    write_file(folder / "index.json", json.dumps(index, indent=1).encode())
 
 
 def _write_shard(
@@ -260,9 +261,9 @@ def _write_shard(
         partial.unlink()
         return None
     shard = _Shard(len(ends), tokens, read, digest.hexdigest())
-    _write_atomically(name.with_suffix(".ends"), np.array(ends, dtype="<i8").tobytes())
+    write_file(name.with_suffix(".ends"), np.array(ends, dtype="<i8").tobytes())
     partial.rename(name.with_suffix(".tokens"))
-    _write_atomically(name.with_suffix(".json"), json.dumps(asdict(shard)).encode())
+    write_file(name.with_suffix(".json"), json.dumps(asdict(shard)).encode())
     return shard
 
 
@@ -271,12 +272,3 @@ def _finished_shards(folder: Path) -> list[_Shard]:
     while (path := folder / f"shard-{len(shards):05d}.json").exists():
         shards.append(_Shard(**json.loads(path.read_text(encoding="utf-8"))))
     return shards
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(path)

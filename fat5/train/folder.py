@@ -48,6 +48,11 @@ class RunFolder:
         return self.root / "bad_steps.jsonl"
 
     @property
+    def claim(self) -> Path:
+        """Locked by the run that writes here."""
+        return self.root / ".lock"
+
+    @property
     def checkpoints(self) -> Path:
         """What an interrupted run continues from."""
         return self.root / "checkpoints"
