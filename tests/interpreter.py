@@ -57,6 +57,7 @@ LAYER_KERNELS = (
     "lm_head_flash_t5",
     "ops_cross_entropy",
     "ops_gated_act",
+    "ops_gated_linear",
     "ops_linear_cross_entropy",
     "ops_rms_norm",
 )

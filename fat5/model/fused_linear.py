@@ -8,15 +8,17 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .ops_attention import kernels_serve
+from .norm_flash_t5 import FlashT5LayerNorm, NormedSum
+from .ops_attention import DTYPES, kernels_serve
 from .ops_operator import is_watched
+from .recomputed_linear import side_by_side
 
 
-def fused_linear(hidden_states: torch.Tensor, layers: Sequence[nn.Module]) -> torch.Tensor | None:
+def fused_linear(states: torch.Tensor | NormedSum, layers: Sequence[nn.Module]) -> torch.Tensor | None:
     """`[..., N1 + N2 + ...]`: the outputs of linear layers side by side, from their weights copied into one.
 
     Args:
-        hidden_states: `[..., D]`.
+        states: `[..., D]`. If they are still to be normalised they are not kept for backward, where that is possible.
         layers: linear layers from D to N1, N2, ... features.
 
     Returns:
@@ -24,26 +26,55 @@ def fused_linear(hidden_states: torch.Tensor, layers: Sequence[nn.Module]) -> to
         more than its weight (see `is_plain`), or where there are too few tokens to pay for the copy. The copy moves
         2 D times the number of features, the one product saves about 4 D (2 D without gradients) times the tokens.
     """
-    tokens = hidden_states.numel() // hidden_states.shape[-1]
-    if not kernels_serve(hidden_states.device) or not all(is_plain(layer) for layer in layers):
+    given = states.hidden_states if isinstance(states, NormedSum) else states
+    if not kernels_serve(given.device):
         return None
-    weights = [layer.weight for layer in layers if isinstance(layer, nn.Linear)]
-    if tokens < sum(weight.shape[0] for weight in weights):
+    if len(layers) == 1:
+        pays = torch.is_grad_enabled()
+    else:
+        pays = given.shape[:-1].numel() >= sum(getattr(layer, "out_features", 0) for layer in layers)
+    if not pays:  # soon told, which every layer asks in every step of decoding
         return None
-    dtype, device = weights[0].dtype, hidden_states.device
-    if any(weight.dtype != dtype or weight.device != device for weight in weights):
+    weights = plain_weights(layers, given.device)
+    if not weights:
         return None
-    if torch.is_autocast_enabled(device.type):  # cast before the copy, which is then half as large
-        dtype = torch.get_autocast_dtype(device.type)
-    return F.linear(hidden_states, torch.cat([weight.to(dtype) for weight in weights]))
+    if isinstance(states, NormedSum):
+        if is_untouched(states.norm, FlashT5LayerNorm) and states.may_wait(weights[0].dtype):
+            return states.linear(weights)
+        states = states.states()
+    return F.linear(states, side_by_side(weights))
 
 
-def project(hidden_states: torch.Tensor, layers: Sequence[nn.Module]) -> list[torch.Tensor]:
+def project(states: torch.Tensor | NormedSum, layers: Sequence[nn.Module]) -> list[torch.Tensor]:
     """The outputs `[..., N]` of linear layers of one width, by one product where `fused_linear` gives it."""
-    together = fused_linear(hidden_states, layers)
+    together = fused_linear(states, layers)
     if together is None:
-        return [layer(hidden_states) for layer in layers]
+        given = states.states() if isinstance(states, NormedSum) else states
+        return [layer(given) for layer in layers]
+    if len(layers) == 1:
+        return [together]
     return list(together.chunk(len(layers), -1) if is_watched() else SplitColumns.apply(together, len(layers)))
+
+
+def recomputing_weight(layer: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
+    """The weight of a layer on an activation of `x` if `gated_act_linear` may compute both; else None."""
+    if not torch.is_grad_enabled() or is_watched() or not kernels_serve(x.device) or x.dtype not in DTYPES:
+        return None
+    weights = plain_weights([layer], x.device)
+    return weights[0] if weights and weights[0].dtype == x.dtype else None
+
+
+def plain_weights(layers: Sequence[nn.Module], device: torch.device) -> list[torch.Tensor] | None:
+    """The weights of linear layers in the dtype of their product; None where a layer is more than its weight.
+
+    So too where dtypes differ, or where a weight is on another device.
+    """
+    weights = [layer.weight for layer in layers if isinstance(layer, nn.Linear) and is_plain(layer)]
+    if len(weights) < len(layers) or any(x.dtype != weights[0].dtype or x.device != device for x in weights):
+        return None
+    if torch.is_autocast_enabled(device.type):  # cast before they are copied side by side: half as much to copy
+        return [weight.to(torch.get_autocast_dtype(device.type)) for weight in weights]
+    return weights
 
 
 class SplitColumns(torch.autograd.Function):
@@ -73,11 +104,18 @@ class SplitColumns(torch.autograd.Function):
 def is_plain(layer: nn.Module) -> bool:
     """Whether calling a layer is just the product with its weight: no adapter, quantisation, offloading, hook."""
     return (
-        type(layer) is nn.Linear
+        is_untouched(layer, nn.Linear)
         and layer.bias is None
         and type(layer.weight) in (nn.Parameter, torch.Tensor)
         and layer.weight.is_floating_point()
-        and "forward" not in vars(layer)  # accelerate replaces it on the instance
-        and not (layer._forward_hooks or layer._forward_pre_hooks)
-        and not (layer._backward_hooks or layer._backward_pre_hooks)
+    )
+
+
+def is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether calling a module is just the forward of its class: nothing wraps it, no hook waits for the call."""
+    return (
+        type(module) is kind
+        and "forward" not in vars(module)  # accelerate replaces it on the instance
+        and not (module._forward_hooks or module._forward_pre_hooks)
+        and not (module._backward_hooks or module._backward_pre_hooks)
     )

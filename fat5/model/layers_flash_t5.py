@@ -1,4 +1,4 @@
-"""Layers of FlashT5: normalisation, feed-forward, attention sub-layers, and the block made of them."""
+"""Layers of FlashT5: feed-forward and attention sub-layers, and the block made of them."""
 
 import torch
 from torch import nn
@@ -9,35 +9,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention import AttentionMask, FlashT5Attention
 from .configuration_flash_t5 import FlashT5Config
-from .fused_linear import fused_linear
+from .fused_linear import fused_linear, is_untouched, plain_weights, project, recomputing_weight
+from .norm_flash_t5 import FlashT5LayerNorm, NormedSum
 from .ops_gated_act import ACTIVATIONS, gated_act
-from .ops_rms_norm import add_rms_norm
-
-
-class FlashT5LayerNorm(nn.Module):
-    """RMSNorm: scale only, no mean and no bias, statistics in fp32 (Zhang & Sennrich 2019, arXiv:1910.07467)."""
-
-    def __init__(self, hidden_size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(hidden_size))
-        self.eps = eps
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        branch: torch.Tensor | None = None,
-        dropout_p: float = 0.0,
-        dtype: torch.dtype | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The normalised sum `hidden_states + dropout(branch)` of `[..., D]`, and the sum.
-
-        Args:
-            hidden_states: the residual stream.
-            branch: what the sub-layer before adds to it; None for nothing.
-            dropout_p: probability of dropping an element of the branch.
-            dtype: of the normalised states; None for the weight's.
-        """
-        return add_rms_norm(hidden_states, branch, self.weight, self.eps, dropout_p=dropout_p, out_dtype=dtype)
+from .ops_gated_linear import gated_linear, gated_linear_serves
+from .recomputed_linear import gated_act_linear
 
 
 class FlashT5DenseAct(nn.Module):
@@ -50,12 +26,19 @@ class FlashT5DenseAct(nn.Module):
         self.act = ACT2FN[config.dense_act_fn]
         self.act_name = config.dense_act_fn
 
-    def forward(self, hidden_states: torch.Tensor, dropout_p: float = 0.0) -> torch.Tensor:
+    def forward(self, states: torch.Tensor, dropout_p: float = 0.0) -> torch.Tensor:
         """`[..., D]` to `[..., F]`."""
-        inner = self.wi(hidden_states)
+        return self.activate(*self.product(states), dropout_p)
+
+    def product(self, states: torch.Tensor | NormedSum) -> tuple[torch.Tensor, None]:
+        """What is activated, `[..., F]`."""
+        return project(states, (self.wi,))[0], None
+
+    def activate(self, x: torch.Tensor, up: torch.Tensor | None, dropout_p: float) -> torch.Tensor:
+        """`[..., F]`, of what `product` returned."""
         if self.act_name in ACTIVATIONS:
-            return gated_act(inner, self.act_name, gated=False, dropout_p=dropout_p)
-        return F.dropout(self.act(inner), dropout_p, training=dropout_p > 0)
+            return gated_act(x, self.act_name, gated=False, dropout_p=dropout_p)
+        return F.dropout(self.act(x), dropout_p, training=dropout_p > 0)
 
 
 class FlashT5DenseGatedAct(nn.Module):
@@ -69,16 +52,32 @@ class FlashT5DenseGatedAct(nn.Module):
         self.act = ACT2FN[config.dense_act_fn]
         self.act_name = config.dense_act_fn
 
-    def forward(self, hidden_states: torch.Tensor, dropout_p: float = 0.0) -> torch.Tensor:
+    def forward(self, states: torch.Tensor, dropout_p: float = 0.0) -> torch.Tensor:
         """`[..., D]` to `[..., F]`."""
-        if self.act_name not in ACTIVATIONS:
-            inner = self.act(self.wi_0(hidden_states)) * self.wi_1(hidden_states)
-            return F.dropout(inner, dropout_p, training=dropout_p > 0)
-        both = fused_linear(hidden_states, (self.wi_0, self.wi_1))
-        if both is not None:
-            return gated_act(both, self.act_name, dropout_p=dropout_p)
-        inner = self.wi_0(hidden_states)
-        return gated_act(inner, self.act_name, up=self.wi_1(hidden_states).to(inner.dtype), dropout_p=dropout_p)
+        # not in training, where reentrant checkpointing runs a layer without gradients and then once more with them,
+        # nor in a step of decoding, where torch's two products and activation are sooner launched
+        together = not self.training and states.shape[-2] > 1 and self.act_name in ACTIVATIONS
+        if together and gated_linear_serves(states):
+            weights = plain_weights((self.wi_0, self.wi_1), states.device)
+            if weights is not None and weights[0].dtype == states.dtype:
+                return gated_linear(states, weights[0], weights[1], self.act_name)
+        return self.activate(*self.product(states), dropout_p)
+
+    def product(self, states: torch.Tensor | NormedSum) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What is activated and its factor, both `[..., F]`, or the two in one, `[..., 2 F]`."""
+        if self.act_name in ACTIVATIONS:
+            both = fused_linear(states, (self.wi_0, self.wi_1))
+            if both is not None:
+                return both, None
+        given = states.states() if isinstance(states, NormedSum) else states
+        x = self.wi_0(given)
+        return x, self.wi_1(given).to(x.dtype)
+
+    def activate(self, x: torch.Tensor, up: torch.Tensor | None, dropout_p: float) -> torch.Tensor:
+        """`[..., F]`, of what `product` returned."""
+        if self.act_name in ACTIVATIONS:
+            return gated_act(x, self.act_name, up=up, dropout_p=dropout_p)
+        return F.dropout(self.act(x) * up, dropout_p, training=dropout_p > 0)
 
 
 class FlashT5SubLayer(nn.Module):
@@ -93,11 +92,11 @@ class FlashT5SubLayer(nn.Module):
         self.layer_norm = FlashT5LayerNorm(config.d_model, config.layer_norm_epsilon)
         self.dropout = nn.Dropout(config.dropout_rate)
 
-    def normalise(self, hidden_states: torch.Tensor, branch: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def normalise(self, hidden_states: torch.Tensor, branch: torch.Tensor | None) -> NormedSum:
         """The sub-layer's input and the residual stream, both `[..., D]`."""
         device = hidden_states.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        return self.layer_norm(hidden_states, branch, dropout_probability(self.dropout), dtype)
+        return NormedSum(self.layer_norm, hidden_states, branch, dropout_probability(self.dropout), dtype)
 
 
 class FlashT5LayerFF(FlashT5SubLayer):
@@ -111,11 +110,23 @@ class FlashT5LayerFF(FlashT5SubLayer):
 
     def forward(self, hidden_states: torch.Tensor, branch: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Residual stream `[B, L, D]` and what the layer adds to it."""
-        normed, hidden_states = self.normalise(hidden_states, branch)
-        inner = self.act(normed, dropout_probability(self.dropout))
+        normed = self.normalise(hidden_states, branch)
+        output = self._feed_forward(normed, dropout_probability(self.dropout))
+        return normed.total(), output
+
+    def _feed_forward(self, normed: NormedSum, dropout_p: float) -> torch.Tensor:
+        gated = isinstance(self.act, FlashT5DenseGatedAct)
+        if torch.is_grad_enabled() and is_untouched(self.act, FlashT5DenseGatedAct if gated else FlashT5DenseAct):
+            x, up = self.act.product(normed)
+            weight = recomputing_weight(self.wo, x) if self.act.act_name in ACTIVATIONS else None
+            if weight is not None:
+                return gated_act_linear(x, up, self.act.act_name, gated, dropout_p, weight)
+            inner = self.act.activate(x, up, dropout_p)
+        else:
+            inner = self.act(normed.states(), dropout_p)
         if self.wo.weight.dtype == torch.float32 and not torch.is_autocast_enabled(inner.device.type):
             inner = inner.float()  # kept so in a model in fp16, where its output overflows
-        return hidden_states, self.wo(inner)
+        return self.wo(inner)
 
 
 class FlashT5LayerSelfAttention(FlashT5SubLayer):
@@ -136,15 +147,16 @@ class FlashT5LayerSelfAttention(FlashT5SubLayer):
         output_attentions: bool,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Residual stream `[B, L, D]`, what the layer adds, bias to share, attention weights."""
-        normed, hidden_states = self.normalise(hidden_states, branch)
+        normed = self.normalise(hidden_states, branch)
+        untouched = is_untouched(self.self_attention, FlashT5Attention)
         output, bias, weights = self.self_attention(
-            normed,
+            normed if untouched else normed.states(),
             mask,
             bias,
             past_key_values=past_key_values,
             output_attentions=output_attentions,
         )
-        return hidden_states, output, bias, weights
+        return normed.total(), output, bias, weights
 
 
 class FlashT5LayerCrossAttention(FlashT5SubLayer):
@@ -165,16 +177,17 @@ class FlashT5LayerCrossAttention(FlashT5SubLayer):
         output_attentions: bool,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Residual stream `[B, Ld, D]`, what the layer adds, mask to share, attention weights."""
-        normed, hidden_states = self.normalise(hidden_states, branch)
+        normed = self.normalise(hidden_states, branch)
+        untouched = is_untouched(self.cross_attention, FlashT5Attention)
         output, bias, weights = self.cross_attention(
-            normed,
+            normed if untouched else normed.states(),
             mask,
             bias,
             key_value_states=key_value_states,
             past_key_values=past_key_values,
             output_attentions=output_attentions,
         )
-        return hidden_states, output, bias, weights
+        return normed.total(), output, bias, weights
 
 
 class FlashT5Block(GradientCheckpointingLayer):

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .flash_attention import flash_attention as flash_attention
     from .fused_attention import fused_attention as fused_attention
     from .fused_linear import fused_linear as fused_linear
+    from .norm_flash_t5 import NormedSum as NormedSum
     from .ops_attention import attention as attention
     from .ops_attention_backward import launch_backward as launch_backward
     from .ops_attention_backward_configs import backward_config as backward_config
@@ -56,9 +57,12 @@ if TYPE_CHECKING:
     from .ops_attention_table import line_of_table as line_of_table
     from .ops_cross_entropy import cross_entropy as cross_entropy
     from .ops_cross_entropy_kernels import launch_loss as launch_loss
+    from .ops_device import multiprocessors as multiprocessors
     from .ops_dropout_tile import keep_tile as keep_tile
     from .ops_gated_act import gated_act as gated_act
     from .ops_gated_act_kernels import activate as activate
+    from .ops_gated_linear import gated_linear as gated_linear
+    from .ops_gated_linear_kernels import gated_linear_kernel as gated_linear_kernel
     from .ops_linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
     from .ops_operator import Operator as Operator
     from .ops_philox import philox as philox
@@ -69,6 +73,7 @@ if TYPE_CHECKING:
     from .position_bias import build_position_bias as build_position_bias
     from .position_fire import FirePositionBias as FirePositionBias
     from .position_rotary import rotary_tables as rotary_tables
+    from .recomputed_linear import norm_linear as norm_linear
     from .runtime_files import copy_runtime_files as copy_runtime_files
 
 __all__ = [
@@ -258,6 +263,15 @@ class FlashT5ForConditionalGeneration(FlashT5EncoderDecoder, GenerationMixin):
         inputs = prepare(self, *args, **kwargs)
         inputs.pop("cache_position", None)  # transformers 4 passes it; the cache knows
         return inputs
+
+    @staticmethod
+    def _reorder_cache(past_key_values: EncoderDecoderCache, beam_idx: torch.LongTensor) -> EncoderDecoderCache:
+        """Let each beam go on from what another one has decoded. `beam_idx`: int64 `[B * beams]`, within each example.
+
+        The keys and values of the encoder stay: the beams of an example all have the same.
+        """
+        past_key_values.self_attention_cache.reorder_cache(beam_idx)
+        return past_key_values
 
     @staticmethod
     def create_masks_for_generate(

@@ -6,6 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from .ops_attention import DTYPES, kernels_serve
+from .ops_operator import on_its_device
 
 try:
     import triton  # noqa: F401  (named here so that the loader of remote code sees a guarded import)
@@ -124,6 +125,7 @@ def row_shapes(like: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 @torch.library.custom_op("fat5::cross_entropy_forward", mutates_args=())
+@on_its_device
 def cross_entropy_forward(
     logits: torch.Tensor, labels: torch.Tensor, ignore_index: int, z_loss: float, smoothing: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -140,6 +142,7 @@ def _forward_shapes(logits, *options):  # type: ignore[no-untyped-def]  # as lon
 
 
 @torch.library.custom_op("fat5::cross_entropy_backward", mutates_args=())
+@on_its_device
 def cross_entropy_backward(
     drow: torch.Tensor,
     logits: torch.Tensor,

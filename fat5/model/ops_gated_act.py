@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from .ops_attention import DTYPES, kernels_serve
-from .ops_operator import operator
+from .ops_operator import is_launch_bound, operator
 from .ops_philox import draw_seed, elementwise_dropout
 
 try:
@@ -60,6 +60,8 @@ def gated_act(
         raise ValueError(f"dropout_p must be at least 0 and below 1: got {dropout_p}")
     if seed is None:
         seed = draw_seed(dropout_p, x.device)
+    if dropout_p == 0 and is_launch_bound(x):
+        return _gated_act_of_few(x, up, ACTIVATIONS[act], gated)
     if x.dtype in DTYPES and kernels_serve(x.device):
         return gated_act_forward(x, up, seed, ACTIVATIONS[act], gated, dropout_p)
     return reference_gated_act(x, up, ACTIVATIONS[act], gated, dropout_p, seed)
@@ -75,6 +77,14 @@ def reference_gated_act(
     if up is not None:
         y = y * up
     return elementwise_dropout(y, dropout_p, seed) if seed is not None and dropout_p > 0 else y
+
+
+def _gated_act_of_few(x: torch.Tensor, up: torch.Tensor | None, act: int, gated: bool) -> torch.Tensor:
+    """The same in one or two launches of torch's own. Without gradients."""
+    if gated and up is None:
+        x, up = x.chunk(2, dim=-1)
+    y = F.gelu(x, approximate="tanh") if act == 0 else _activate(x, act)
+    return y if up is None else y * up
 
 
 def _activate(x: torch.Tensor, act: int) -> torch.Tensor:
@@ -119,21 +129,25 @@ def gated_act_backward(
     act: int,
     gated: bool,
     dropout_p: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of x and of the factor `up` (empty if it is part of x), contiguous."""
+    recompute: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of x and of the factor `up` (empty if it is part of x), and the output once more (or nothing)."""
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dup = torch.empty(0 if up is None else x.shape, dtype=x.dtype, device=x.device)
     first, second = _halves(x, up, gated)
     dfirst, dsecond = _halves(dx, None if up is None else dup, gated)
     dout = dout.reshape(-1, dout.shape[-1])
     dout = dout if dout.stride(-1) == 1 else dout.contiguous()
-    launch_backward(dout, first, second, dfirst, dsecond, act, dropout_p, seed)
-    return dx, dup
+    out = torch.empty(first.shape if recompute else 0, dtype=x.dtype, device=x.device)
+    launch_backward(dout, first, second, dfirst, dsecond, act, dropout_p, seed, out if recompute else None)
+    return dx, dup, out.view(*x.shape[:-1], first.shape[-1]) if recompute else out
 
 
 @gated_act_backward.register_fake
-def _backward_shapes(dout, x, up, *options):  # type: ignore[no-untyped-def]  # as long as the operator's own
-    return x.new_empty(x.shape), x.new_empty(0 if up is None else x.shape)
+def _backward_shapes(  # type: ignore[no-untyped-def]  # as long as the operator's own
+    dout, x, up, seed, act, gated, dropout_p, recompute=False
+):
+    return x.new_empty(x.shape), x.new_empty(0 if up is None else x.shape), x.new_empty(dout.shape if recompute else 0)
 
 
 def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]  # torch's own context object
@@ -143,7 +157,7 @@ def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-
 
 def _backward(ctx, dout):  # type: ignore[no-untyped-def]  # as above
     x, up, seed = ctx.saved_tensors
-    dx, dup = gated_act_backward(dout, x, up, seed, *ctx.options)
+    dx, dup, _ = gated_act_backward(dout, x, up, seed, *ctx.options)
     return dx, None if up is None else dup, None, None, None, None
 
 

@@ -60,11 +60,15 @@ def forward_kernel(
 
 @triton.jit
 def backward_kernel(
-    p_dout, p_x, p_up, p_seed, p_dx, p_dup, stride_dout, stride_x, stride_up, stride_dx, stride_dup, blocks,
+    p_dout, p_x, p_up, p_seed, p_dx, p_dup, p_out, stride_dout, stride_x, stride_up, stride_dx, stride_dup, blocks,
     dropped, scale,
     F: tl.constexpr, BLOCK: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, DROPOUT: tl.constexpr,
+    RECOMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """Grid (rows x blocks of a row). The activation is computed again."""
+    """Grid (rows x blocks of a row). The activation is computed again.
+
+    With RECOMPUTE `p_out` receives what forward wrote there.
+    """
     row = tl.program_id(0) // blocks
     first = tl.program_id(0) % blocks * BLOCK
     o_f = first + tl.arange(0, BLOCK)
@@ -73,13 +77,19 @@ def backward_kernel(
     b_dy = tl.load(p_dout + row_64 * stride_dout + o_f, mask=m_f, other=0.0).to(tl.float32)
     b_x = tl.load(p_x + row_64 * stride_x + o_f, mask=m_f, other=0.0).to(tl.float32)
     if DROPOUT:
-        b_dy = tl.where(keep_tile(p_seed, row, first, dropped, BLOCK), b_dy * scale, 0.0)
+        m_keep = keep_tile(p_seed, row, first, dropped, BLOCK)
+        b_dy = tl.where(m_keep, b_dy * scale, 0.0)
     b_y, b_slope = activate(b_x, ACT)
     if GATED:
         b_up = tl.load(p_up + row_64 * stride_up + o_f, mask=m_f, other=0.0).to(tl.float32)
         b_dup = (b_dy * b_y).to(p_dup.dtype.element_ty)
         tl.store(p_dup + row_64 * stride_dup + o_f, b_dup, mask=m_f)
         b_dy *= b_up
+        b_y *= b_up
+    if RECOMPUTE:
+        if DROPOUT:
+            b_y = tl.where(m_keep, b_y * scale, 0.0)
+        tl.store(p_out + row_64 * F + o_f, b_y.to(p_out.dtype.element_ty), mask=m_f)
     tl.store(p_dx + row_64 * stride_dx + o_f, (b_dy * b_slope).to(p_dx.dtype.element_ty), mask=m_f)
 
 
@@ -115,17 +125,21 @@ def launch_backward(
     act: int,
     dropout_p: float,
     seed: torch.Tensor | None,
+    out: torch.Tensor | None = None,
 ) -> None:
-    """Write the gradients of `x` and `up` to `dx` and `dup`; all `[rows, F]`, rows of any stride."""
+    """Write the gradients of `x` and `up` to `dx` and `dup`; all `[rows, F]`, rows of any stride.
+
+    What `launch_forward` returned is written once more to `out`, contiguous, if it is given.
+    """
     rows, width = x.shape
     if not x.numel():
         return
     block, blocks = launch_shape(width)
     stride_up, stride_dup = (0 if t is None else t.stride(0) for t in (up, dup))
     backward_kernel[(rows * blocks,)](
-        dout, x, up, seed, dx, dup, dout.stride(0), x.stride(0), stride_up, dx.stride(0), stride_dup, blocks,
+        dout, x, up, seed, dx, dup, out, dout.stride(0), x.stride(0), stride_up, dx.stride(0), stride_dup, blocks,
         dropped_steps(dropout_p), keep_scale(dropout_p), width, block, act, up is not None, dropout_p > 0,
-        num_warps=4,
+        out is not None, num_warps=4,
     )  # fmt: skip
 
 

@@ -1,9 +1,10 @@
 """RMSNorm of a residual sum, in one pass: the public function, its reference and its operator."""
 
 import torch
+from torch.nn import functional as F
 
 from .ops_attention import DTYPES, kernels_serve
-from .ops_operator import operator
+from .ops_operator import is_launch_bound, operator
 from .ops_philox import draw_seed, elementwise_dropout
 
 try:
@@ -47,18 +48,27 @@ def add_rms_norm(
 
     Source: Zhang & Sennrich 2019 (arXiv:1910.07467).
     """
-    _check(hidden_states, branch, weight, dropout_p)
     out_dtype = weight.dtype if out_dtype is None else out_dtype
+    if dropout_p == 0 and is_launch_bound(hidden_states):  # torch's operations look at shapes themselves
+        return _add_rms_norm_of_few(hidden_states, branch, weight, eps, out_dtype)
+    _check(hidden_states, branch, weight, dropout_p)
     if branch is None:
         dropout_p = 0.0
     if seed is None:
         seed = draw_seed(dropout_p, hidden_states.device)
-    tensors = (hidden_states, weight) if branch is None else (hidden_states, branch, weight)
-    served = weight.numel() <= MAX_WIDTH and out_dtype in DTYPES and all(x.dtype in DTYPES for x in tensors)
-    if not (served and kernels_serve(hidden_states.device)):
+    if not norm_kernels_serve(hidden_states, branch, weight, out_dtype):
         return reference_add_rms_norm(hidden_states, branch, weight, eps, dropout_p, seed, out_dtype)
     out, total, _ = rms_norm_forward(hidden_states, branch, weight, seed, eps, dropout_p, out_dtype)
     return out, hidden_states if branch is None else total
+
+
+def norm_kernels_serve(
+    hidden_states: torch.Tensor, branch: torch.Tensor | None, weight: torch.Tensor, out_dtype: torch.dtype
+) -> bool:
+    """Whether the kernels take such arguments of `add_rms_norm`."""
+    tensors = (hidden_states, weight) if branch is None else (hidden_states, branch, weight)
+    served = weight.numel() <= MAX_WIDTH and out_dtype in DTYPES and all(x.dtype in DTYPES for x in tensors)
+    return served and kernels_serve(hidden_states.device)
 
 
 def reference_add_rms_norm(
@@ -71,18 +81,42 @@ def reference_add_rms_norm(
     out_dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same in plain torch, rounded where stock T5 rounds. Differentiable by autograd."""
-    if branch is not None:
-        if dropout_p > 0 and seed is not None:
-            branch = elementwise_dropout(branch, dropout_p, seed)
-        hidden_states = hidden_states + branch
-        if hidden_states.dtype == torch.float16:
-            largest = torch.finfo(torch.float16).max
-            hidden_states = hidden_states.clamp(min=-largest, max=largest)
-    wide = torch.promote_types(hidden_states.dtype, torch.float32)
-    normed = hidden_states * torch.rsqrt(hidden_states.to(wide).square().mean(-1, keepdim=True) + eps)
+    if branch is not None and dropout_p > 0 and seed is not None:
+        branch = elementwise_dropout(branch, dropout_p, seed)
+    hidden_states = _add(hidden_states, branch)
+    normed = _normalise(hidden_states, eps)
     if out_dtype in (torch.float16, torch.bfloat16):
         normed = normed.to(out_dtype)
     return (weight.to(normed.dtype) * normed).to(out_dtype), hidden_states
+
+
+def _add_rms_norm_of_few(
+    hidden_states: torch.Tensor,
+    branch: torch.Tensor | None,
+    weight: torch.Tensor,
+    eps: float,
+    out_dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same in three launches of torch's own, rounded once, as the kernel does. Without gradients."""
+    total = _add(hidden_states, branch)
+    return torch.mul(_normalise(total, eps), weight, out=torch.empty_like(total, dtype=out_dtype)), total
+
+
+def _add(hidden_states: torch.Tensor, branch: torch.Tensor | None) -> torch.Tensor:
+    """The sum, within fp16's range if it is fp16."""
+    if branch is None:
+        return hidden_states
+    hidden_states = hidden_states + branch
+    if hidden_states.dtype == torch.float16:
+        largest = torch.finfo(torch.float16).max
+        hidden_states = hidden_states.clamp(min=-largest, max=largest)
+    return hidden_states
+
+
+def _normalise(hidden_states: torch.Tensor, eps: float) -> torch.Tensor:
+    """`x / rms(x)` in fp32 or wider."""
+    wide = torch.promote_types(hidden_states.dtype, torch.float32)
+    return F.rms_norm(hidden_states.to(wide), hidden_states.shape[-1:], eps=eps)
 
 
 def _check(hidden: torch.Tensor, branch: torch.Tensor | None, weight: torch.Tensor, dropout_p: float) -> None:
@@ -129,23 +163,25 @@ def rms_norm_backward(
     dropout_p: float,
     hidden_dtype: torch.dtype,
     branch_dtype: torch.dtype | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of hidden states, branch (empty where it is the same) and weight."""
+    out_dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of hidden states, branch (empty where it is the same) and weight; normalised rows of `out_dtype`."""
     dtotal = None if dtotal is None else dtotal.contiguous()
     return launch_backward(
         dout.contiguous(), dtotal, total.contiguous(), weight.contiguous(), rstd, dropout_p, seed, hidden_dtype,
-        branch_dtype,
+        branch_dtype, out_dtype,
     )  # fmt: skip
 
 
 @rms_norm_backward.register_fake
 def _backward_shapes(  # type: ignore[no-untyped-def]  # as long as the operator's own
-    dout, dtotal, total, weight, rstd, seed, dropout_p, hidden_dtype, branch_dtype
+    dout, dtotal, total, weight, rstd, seed, dropout_p, hidden_dtype, branch_dtype, out_dtype=None
 ):
     dhidden = total.new_empty(total.shape, dtype=hidden_dtype)
     same = branch_dtype is None or (branch_dtype == hidden_dtype and dropout_p == 0)
     dbranch = total.new_empty(0 if same else total.shape, dtype=hidden_dtype if same else branch_dtype)
-    return dhidden, dbranch, weight.new_empty(weight.shape)
+    out = total.new_empty(0 if out_dtype is None else total.shape, dtype=out_dtype or weight.dtype)
+    return dhidden, dbranch, weight.new_empty(weight.shape), out
 
 
 def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]  # torch's own context object
@@ -158,19 +194,41 @@ def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-
 
 def _backward(ctx, dout, dtotal, _drstd):  # type: ignore[no-untyped-def]  # as above
     total, weight, rstd, seed = ctx.saved_tensors
-    hidden_dtype, branch_dtype = ctx.dtypes
+    *gradients, _ = gradients_of_norm(dout, dtotal, total, weight, rstd, seed, ctx.dropout_p, ctx.dtypes)
+    return *gradients, None, None, None, None
+
+
+def gradients_of_norm(
+    dout: torch.Tensor | None,
+    dtotal: torch.Tensor | None,
+    total: torch.Tensor,
+    weight: torch.Tensor,
+    rstd: torch.Tensor,
+    seed: torch.Tensor | None,
+    dropout_p: float,
+    dtypes: tuple[torch.dtype, torch.dtype | None],
+    out_dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
+    """Gradients of hidden states, branch and weight, and, of `out_dtype`, the normalised rows once more (or nothing).
+
+    Args:
+        dout, dtotal: gradients of the normalised rows and of the sum; None for zeros.
+        total: the sum, or the hidden states where there is no branch.
+        weight, rstd, seed, dropout_p: of forward.
+        dtypes: of the hidden states and of the branch, None without one.
+        out_dtype: None to leave the normalised rows out.
+    """
+    hidden_dtype, branch_dtype = dtypes
     if dout is None:
         dout = torch.zeros_like(total)
     if branch_dtype is None:
         dtotal = None
-    dhidden, dbranch, dweight = rms_norm_backward(
-        dout, dtotal, total, weight, rstd, seed, ctx.dropout_p, hidden_dtype, branch_dtype
+    dhidden, dbranch, dweight, out = rms_norm_backward(
+        dout, dtotal, total, weight, rstd, seed, dropout_p, hidden_dtype, branch_dtype, out_dtype
     )
     if branch_dtype is None:
-        dbranch = None
-    elif dbranch.numel() == 0:
-        dbranch = dhidden
-    return dhidden, dbranch, dweight, None, None, None, None
+        return dhidden, None, dweight, out
+    return dhidden, dhidden if dbranch.numel() == 0 else dbranch, dweight, out
 
 
 rms_norm_forward.register_autograd(_backward, setup_context=_save_for_backward)

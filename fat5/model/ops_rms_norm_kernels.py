@@ -9,6 +9,7 @@ try:
 except ImportError as error:  # a guarded import is what the loader of remote code asks for
     raise ImportError("the RMSNorm kernels need Triton") from error
 
+from .ops_device import multiprocessors
 from .ops_dropout_tile import keep_tile
 from .ops_philox import dropped_steps, keep_scale
 
@@ -46,11 +47,14 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=["rows"])
 def backward_kernel(
-    p_dout, p_dtotal, p_total, p_weight, p_rstd, p_seed, p_dhidden, p_dbranch, p_partial, rows, dropped, scale,
+    p_dout, p_dtotal, p_total, p_weight, p_rstd, p_seed, p_dhidden, p_dbranch, p_partial, p_out, rows, dropped, scale,
     D: tl.constexpr, BLOCK: tl.constexpr, RESIDUAL: tl.constexpr, BRANCH: tl.constexpr, CLAMPED: tl.constexpr,
-    DROPOUT: tl.constexpr,
+    DROPOUT: tl.constexpr, RECOMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """Grid (programs), rows as forward; row `program` of `p_partial` receives its share of the weight's gradient."""
+    """Grid (programs), rows as forward; row `program` of `p_partial` receives its share of the weight's gradient.
+
+    With RECOMPUTE `p_out` receives what forward wrote there.
+    """
     o_d = tl.arange(0, BLOCK)
     m_d = o_d < D
     b_weight = tl.load(p_weight + o_d, mask=m_d, other=0.0)
@@ -63,6 +67,8 @@ def backward_kernel(
             b_dtotal = tl.load(p_dtotal + o_row, mask=m_d, other=0.0).to(tl.float32)
         rstd = tl.load(p_rstd + row)
         b_normed = b_x * rstd
+        if RECOMPUTE:
+            tl.store(p_out + o_row, (b_normed * b_weight.to(tl.float32)).to(p_out.dtype.element_ty), mask=m_d)
         b_dweight += b_dout * b_normed
         b_dnormed = b_dout * b_weight.to(tl.float32)
         b_dx = rstd * (b_dnormed - b_normed * (tl.sum(b_dnormed * b_normed, axis=0) / D))
@@ -121,7 +127,7 @@ def launch_forward(
         total = torch.empty(hidden.shape, dtype=torch.promote_types(hidden.dtype, branch.dtype), device=hidden.device)
     rstd = torch.empty(rows, dtype=torch.float32, device=hidden.device)
     if rows:
-        block, warps, programs = launch_shape(width, rows, hidden.device, 512)
+        block, warps, programs = launch_shape(width, rows, hidden, 512)
         forward_kernel[(programs,)](
             hidden, branch, weight, seed, out, total, rstd, rows, eps, dropped_steps(dropout_p),
             keep_scale(dropout_p), width, block, branch is not None, dropout_p > 0, num_warps=warps,
@@ -139,8 +145,9 @@ def launch_backward(
     seed: torch.Tensor | None,
     hidden_dtype: torch.dtype,
     branch_dtype: torch.dtype | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of hidden states, branch and weight.
+    out_dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of hidden states, branch and weight, and the normalised rows once more.
 
     Args:
         dout: gradient of the normalised rows, `[..., D]`, contiguous.
@@ -149,35 +156,36 @@ def launch_backward(
         weight, rstd, dropout_p, seed: as forward had or returned them.
         hidden_dtype: of the hidden states.
         branch_dtype: of the branch; None without one.
+        out_dtype: of the normalised rows; None to leave them out.
 
     Returns:
         Gradients in the dtypes of hidden states, branch and weight. That of the branch is empty where there is none or
-        where it is that of the hidden states.
+        where it is that of the hidden states. The normalised rows `[..., D]`, or nothing.
     """
     width, rows = total.shape[-1], rstd.shape[0]
     device = total.device
     dhidden = torch.empty(total.shape, dtype=hidden_dtype, device=device)
     branch = branch_dtype is not None and not (branch_dtype == hidden_dtype and dropout_p == 0)
     dbranch = torch.empty(total.shape if branch else 0, dtype=branch_dtype if branch else hidden_dtype, device=device)
+    recompute = out_dtype is not None
+    out = torch.empty(total.shape if recompute else 0, dtype=out_dtype or weight.dtype, device=device)
     if not rows:
-        return dhidden, dbranch, torch.zeros_like(weight)
-    block, warps, programs = launch_shape(width, rows, device, 256 if width <= 1024 else 1024)
+        return dhidden, dbranch, torch.zeros_like(weight), out
+    block, warps, programs = launch_shape(width, rows, total, 256 if width <= 1024 else 1024)
     partial = torch.empty((programs, width), dtype=torch.float32, device=device)
     clamped = branch_dtype is not None and total.dtype == torch.float16
     backward_kernel[(programs,)](
-        dout, dtotal, total, weight, rstd, seed, dhidden, dbranch, partial, rows, dropped_steps(dropout_p),
-        keep_scale(dropout_p), width, block, dtotal is not None, branch, clamped, dropout_p > 0, num_warps=warps,
+        dout, dtotal, total, weight, rstd, seed, dhidden, dbranch, partial, out, rows, dropped_steps(dropout_p),
+        keep_scale(dropout_p), width, block, dtotal is not None, branch, clamped, dropout_p > 0, recompute,
+        num_warps=warps,
     )  # fmt: skip
     dweight = torch.empty_like(weight)
     sum_rows_kernel[(triton.cdiv(width, 16),)](partial, dweight, programs, width, 128, 16, num_warps=4)
-    return dhidden, dbranch, dweight
+    return dhidden, dbranch, dweight, out
 
 
-def launch_shape(width: int, rows: int, device: torch.device, warp_width: int) -> tuple[int, int, int]:
+def launch_shape(width: int, rows: int, x: torch.Tensor, warp_width: int) -> tuple[int, int, int]:
     """Width of a block, warps of a program, each with `warp_width` elements, and programs, a few a multiprocessor."""
     block = max(triton.next_power_of_2(width), 32)
     warps = min(max(block // warp_width, 1), 16)
-    multiprocessors = 1
-    if device.type == "cuda":
-        multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-    return block, warps, min(rows, multiprocessors * max(WARPS_PER_MULTIPROCESSOR // warps, 1))
+    return block, warps, min(rows, multiprocessors(x) * max(WARPS_PER_MULTIPROCESSOR // warps, 1))

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from .attention import ATTENTION_FUNCTIONS
 from .configuration_flash_t5 import FlashT5Config
 from .flash_attention import FLASH_ATTENTION, why_not_flash
-from .layers_flash_t5 import FlashT5LayerNorm
+from .norm_flash_t5 import FlashT5LayerNorm
 from .position_fire import FirePositionBias
 from .runtime_files import copy_runtime_files
 from .stack_flash_t5 import FlashT5Stack

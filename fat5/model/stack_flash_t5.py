@@ -10,7 +10,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 
 from .attention_mask import AttentionMask, kernels_take
 from .configuration_flash_t5 import FlashT5Config
-from .layers_flash_t5 import FlashT5Block, FlashT5LayerNorm, add_branch, dropout_probability
+from .layers_flash_t5 import FlashT5Block, add_branch, dropout_probability
+from .norm_flash_t5 import FlashT5LayerNorm
 from .packed_inputs import Segments
 from .packed_stack import Rows, pack_stack
 from .position_rotary import RotaryTables, rotary_tables

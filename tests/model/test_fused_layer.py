@@ -5,7 +5,7 @@ Without a GPU the tests that need kernels run in a process that interprets them.
 
 import pytest
 import torch
-from interpreter import DEVICE, INTERPRETED, needs_kernels, run_interpreted, serve_layers
+from interpreter import DEVICE, HAS_KERNELS, INTERPRETED, needs_kernels, run_interpreted, serve_layers
 from model_parity import batch, build_flash, build_stock, relative_error
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
@@ -13,6 +13,7 @@ from torch.nn import functional as F
 import fat5.model.layers_flash_t5
 import fat5.model.modeling_flash_t5
 from fat5.model import fused_linear as fused_linear_module
+from fat5.model import recomputed_linear
 
 SHAPE = {"num_layers": 1, "num_heads": 2, "vocab_size": 99}
 TOKENS = (4, 3, 2) if INTERPRETED else (61, 37, 3)
@@ -167,25 +168,40 @@ def test_hidden_states_are_sums(kernels):
 
 
 @pytest.mark.skipif(INTERPRETED, reason="real widths")
-def test_residual_in_fp32_tracks_fp32():
-    """Encoder outputs at the shape of flan-t5-small: bf16's error at every quantile well below stock's."""
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"d_model": 512, "d_kv": 64, "d_ff": 1024, "num_layers": 8, "num_heads": 6},
+        pytest.param(
+            {"d_model": 2048, "d_kv": 64, "d_ff": 5120, "num_layers": 24, "num_heads": 32}, marks=pytest.mark.gpu
+        ),
+    ],
+    ids=["small", "xl"],
+)
+def test_residual_in_fp32_tracks_fp32(shape):
+    """Encoder outputs at the shapes of flan-t5-small and -xl: bf16's error at every quantile half of stock's at most.
+
+    Without the kernels, which round less, it is still well below.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    shape = {"vocab_size": 99, "d_model": 512, "d_kv": 64, "d_ff": 1024, "num_layers": 8, "num_heads": 6}
+    shape = {"vocab_size": 99, **shape}
     stock = build_stock("t5_v1_1", **shape, num_decoder_layers=1).to(device)
     with torch.no_grad():
         for name, weight in stock.named_parameters():  # as T5 is initialised, and exact in bf16
             if weight.ndim == 2 and "relative" not in name and "shared" not in name:
-                weight.normal_(0, weight.shape[1] ** -0.5 * (0.125 if ".q." in name else 1))
+                weight.normal_(0, weight.shape[1] ** -0.5 * (shape["d_kv"] ** -0.5 if ".q." in name else 1))
             weight.copy_(weight.bfloat16().float())
-    flash = build_flash("t5_v1_1", stock, **shape, num_decoder_layers=1).to(device)
+    flash = build_flash("t5_v1_1", stock, "fat5", **shape, num_decoder_layers=1).to(device)
     ids = torch.randint(99, (2, 64), device=device)
     with torch.no_grad():
         exact = stock.encoder(ids).last_hidden_state
         states = [model.bfloat16().encoder(ids).last_hidden_state for model in (stock, flash)]
     assert states[1].dtype == torch.bfloat16
     errors = [(x.float() - exact).abs().flatten() for x in states]
-    for quantile in (0.5, 0.9, 0.99, 0.999, 0.9999):
-        assert errors[1].quantile(quantile) < 0.75 * errors[0].quantile(quantile)
+    quantiles = torch.tensor([0.5, 0.9, 0.99, 0.999, 0.9999], device=device)
+    ratios = errors[1].quantile(quantiles) / errors[0].quantile(quantiles)
+    print("bf16 error as a share of stock's:", [round(ratio, 3) for ratio in ratios.tolist()])
+    assert (ratios <= (0.5 if HAS_KERNELS else 0.75)).all(), ratios
 
 
 @needs_kernels
@@ -207,3 +223,36 @@ def test_autocast(kernels):
         plain, fused = ((x[name] - gradient).norm() for x in found)
         assert found[1][name].dtype == torch.float32
         assert fused <= 2 * plain + 0.01 * gradient.norm(), name
+
+
+@needs_kernels
+@pytest.mark.parametrize("wrapped", ["layer_norm", "act", "self_attention", "wo"])
+def test_hooks_see_what_they_saw(wrapped, kernels):
+    """Layers whose products are joined with what stands before them are called where somebody waits for the call."""
+    kernels(True)
+    model, inputs = build(d_ff=3, num_heads=1, d_kv=2).train(), inputs_of()
+    _, expected = loss_and_gradients(model, **inputs)
+    seen = []
+    for name, module in model.named_modules():
+        if name.endswith(f".{wrapped}"):
+            module.register_forward_hook(lambda module, given, output: seen.append(given[0].shape))
+    _, hooked = loss_and_gradients(model, **inputs)
+    assert len(seen) == {"layer_norm": 5, "act": 2, "self_attention": 2, "wo": 2}[wrapped]
+    for name, gradient in expected.items():
+        assert relative_error(hooked[name], gradient) < 2e-5, name
+
+
+@needs_kernels
+def test_norms_and_activations_are_computed_again(kernels, monkeypatch):
+    """In every sub-layer, in training; what that keeps is tested with the operators."""
+    kernels(True)
+    calls = []
+    for function in (recomputed_linear.NormLinear, recomputed_linear.GatedActLinear):
+        apply = function.apply
+        monkeypatch.setattr(function, "apply", lambda *x, f=function, apply=apply: calls.append(f) or apply(*x))
+    model, inputs = build(d_ff=3, num_heads=1, d_kv=2).train(), inputs_of()
+    loss_and_gradients(model, **inputs)
+    assert (calls.count(recomputed_linear.NormLinear), calls.count(recomputed_linear.GatedActLinear)) == (5, 2)
+    with torch.no_grad():
+        model(**inputs)
+    assert len(calls) == 7

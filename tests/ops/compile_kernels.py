@@ -168,7 +168,9 @@ def launch_both(variant: dict) -> None:
 def complaints(variant: dict, kernels: list[dict]) -> list[str]:
     """What is wrong with a variant's kernels."""
     if "head_dim" not in variant:
-        return [f"{kernel['kernel']} spills {kernel['stack']} bytes" for kernel in kernels if kernel["stack"]]
+        limit = SHARED_MEMORY[variant["capability"]]
+        spills = [f"{kernel['kernel']} spills {kernel['stack']} bytes" for kernel in kernels if kernel["stack"]]
+        return spills + [f"{k['kernel']} wants {k['shared']} bytes" for k in kernels if k["shared"] > limit]
     fast = variant["capability"] in TUNED and variant["head_dim"] in FAST_HEAD_DIMS and variant["dtype"] != "float32"
     fast = fast and variant["bias"] in ("t5", "none") and not (variant["dropout"] or variant["deterministic"])
     found = []

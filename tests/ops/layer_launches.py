@@ -7,6 +7,7 @@ import torch
 
 from fat5.model import ops_cross_entropy_kernels as cross_entropy
 from fat5.model import ops_gated_act_kernels as gated_act
+from fat5.model import ops_gated_linear_kernels as gated_linear
 from fat5.model import ops_rms_norm_kernels as rms_norm
 from fat5.model.ops_cross_entropy import new_rows
 
@@ -16,6 +17,7 @@ OPTIONS = {
         "dtype": ["bfloat16", "float32"],
         "residual": ["none", "same", "float32"],
         "dropout": [False, True],
+        "recompute": [False, True],
     },
     "activation": {
         "width": [1000, 2816],
@@ -23,6 +25,13 @@ OPTIONS = {
         "act": [0, 1, 2, 3],
         "gated": [False, True],
         "dropout": [False, True],
+        "recompute": [False, True],
+    },
+    "gated linear": {
+        "width": [768, 1000],
+        "rows": [8, 1024, 8192],
+        "dtype": ["bfloat16", "float16"],
+        "act": [0, 1],
     },
     "loss": {
         "width": [999, 32128, 250112],
@@ -32,8 +41,24 @@ OPTIONS = {
     },
 }
 FIRST = [
-    {"capability": 90, "op": "norm", "width": 768, "dtype": "bfloat16", "residual": "same", "dropout": True},
-    {"capability": 80, "op": "norm", "width": 8192, "dtype": "bfloat16", "residual": "float32", "dropout": False},
+    {
+        "capability": 90,
+        "op": "norm",
+        "width": 768,
+        "dtype": "bfloat16",
+        "residual": "same",
+        "dropout": True,
+        "recompute": True,
+    },
+    {
+        "capability": 80,
+        "op": "norm",
+        "width": 8192,
+        "dtype": "bfloat16",
+        "residual": "float32",
+        "dropout": False,
+        "recompute": False,
+    },
     {
         "capability": 90,
         "op": "activation",
@@ -42,7 +67,11 @@ FIRST = [
         "act": 0,
         "gated": True,
         "dropout": True,
+        "recompute": True,
     },
+    {"capability": 90, "op": "gated linear", "width": 768, "rows": 8192, "dtype": "bfloat16", "act": 0},
+    {"capability": 86, "op": "gated linear", "width": 1000, "rows": 8192, "dtype": "float16", "act": 0},
+    {"capability": 80, "op": "gated linear", "width": 768, "rows": 8, "dtype": "bfloat16", "act": 0},
     {"capability": 90, "op": "loss", "width": 32128, "dtype": "bfloat16", "smoothing": False, "gradient": True},
     {"capability": 80, "op": "loss", "width": 250112, "dtype": "bfloat16", "smoothing": True, "gradient": True},
 ]
@@ -71,12 +100,17 @@ def launch_layer(variant: dict) -> None:
         _, total, rstd = rms_norm.launch_forward(hidden, branch, weight, 1e-6, p, seed, dtype)
         total = hidden if branch is None else total
         rms_norm.launch_backward(
-            x, branch, total, weight, rstd, p, seed, hidden.dtype, None if branch is None else dtype
-        )
+            x, branch, total, weight, rstd, p, seed, hidden.dtype, None if branch is None else dtype,
+            dtype if variant["recompute"] else None,
+        )  # fmt: skip
     elif variant["op"] == "activation":
         up = x if variant["gated"] else None
         gated_act.launch_forward(x, up, variant["act"], p, seed)
-        gated_act.launch_backward(x, x, up, x, up, variant["act"], p, seed)
+        gated_act.launch_backward(x, x, up, x, up, variant["act"], p, seed, x if variant["recompute"] else None)
+    elif variant["op"] == "gated linear":
+        weight = torch.zeros(2048, width, dtype=dtype)
+        config = gated_linear.gated_linear_config(variant["rows"], variant["capability"])
+        gated_linear.launch(x, weight, weight, variant["act"], config)
     else:
         labels, rows = torch.zeros(8, dtype=torch.int64), new_rows(x, 8)
         smoothing = 0.1 if variant["smoothing"] else 0.0
