@@ -148,7 +148,7 @@ class FlashT5Attention(nn.Module):
         # not with a gradient, which cannot keep buckets made without, nor where what is made are no real tensors
         plain = not (torch.is_grad_enabled() or is_watched())
         if plain and mask.is_last_row and isinstance(self.pe_encoding, RelativePositionBias):
-            return self.pe_encoding.last_row(mask.key_length)
+            return self.pe_encoding.last_row(mask.key_length, mask.device)
         return self.pe_encoding(*mask.encoded_positions())
 
     def _kernel_operand(self, mask: AttentionMask, dtype: torch.dtype) -> torch.Tensor | None:
