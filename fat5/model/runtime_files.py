@@ -45,6 +45,7 @@ RUNTIME_FILES = (
     "ops_attention_table.py",
     "ops_cross_entropy.py",
     "ops_cross_entropy_kernels.py",
+    "ops_device.py",
     "ops_dropout_tile.py",
     "ops_gated_act.py",
     "ops_gated_act_kernels.py",
