@@ -20,7 +20,8 @@ class CorpusOptions:
         field: the key (jsonl) or column (parquet, dataset) that holds the text.
         config: the configuration of `dataset`.
         split: the split of `dataset`.
-        revision: the Git revision of `dataset`.
+        revision: the Git revision of `dataset`; a branch, or null for the main one, stands for the commit that it is at
+            when the corpus is tokenised or the run begins.
         invalid_utf8: `refuse` stops with the file and place; `replace` puts U+FFFD where bytes are wrong.
         weight: its share of the training tokens, relative to the other corpora's weights. Either all corpora
             of a recipe have one or none; without weights every window of every corpus comes once in an epoch.

@@ -265,6 +265,15 @@ class FlashT5ForConditionalGeneration(FlashT5EncoderDecoder, GenerationMixin):
         return inputs
 
     @staticmethod
+    def _reorder_cache(past_key_values: EncoderDecoderCache, beam_idx: torch.LongTensor) -> EncoderDecoderCache:
+        """Let each beam go on from what another one has decoded. `beam_idx`: int64 `[B * beams]`, within each example.
+
+        The keys and values of the encoder stay: the beams of an example all have the same.
+        """
+        past_key_values.self_attention_cache.reorder_cache(beam_idx)
+        return past_key_values
+
+    @staticmethod
     def create_masks_for_generate(
         attention_mask: torch.Tensor | None, past_key_values: Cache, **_: Any
     ) -> torch.Tensor | None:

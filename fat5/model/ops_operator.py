@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+FEW_ELEMENTS = 1 << 18  # 64 rows of 4096: a pass over them is a microsecond
+
 
 class Operator:
     """A function of tensors and plain numbers that mutates nothing, by its name in `torch.ops`.
@@ -55,7 +57,9 @@ class Operator:
         """Call it, through the dispatcher only where somebody watches there."""
         if is_watched():
             return self.registered(*inputs)
-        return self.function(*inputs) if self.direct is None else self.direct.apply(*inputs)
+        if self.direct is None or not torch.is_grad_enabled():
+            return self.function(*inputs)
+        return self.direct.apply(*inputs)
 
 
 def on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -75,6 +79,17 @@ def on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
 def operator(name: str) -> Callable[[Callable[..., Any]], Operator]:
     """Decorator that makes an `Operator`."""
     return lambda function: Operator(name, function)
+
+
+def is_launch_bound(x: torch.Tensor) -> bool:
+    """Whether work on `x` takes longer to launch than to run, as it does for the few tokens of a decoding step.
+
+    Launching one of Triton's kernels takes as long as launching three or four of torch's, which then serve better: on a
+    GPU, without gradients, and not in a graph, which launches all alike.
+    """
+    if not x.is_cuda or x.numel() > FEW_ELEMENTS or torch.is_grad_enabled():
+        return False
+    return not (is_watched() or torch.cuda.is_current_stream_capturing())
 
 
 def is_watched() -> bool:

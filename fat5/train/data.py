@@ -36,13 +36,6 @@ class RunData:
     held_out_collator: DenoisingCollator
 
     @property
-    def sizes(self) -> list[list[int]]:
-        """Windows and tokens of each training corpus; none of streamed ones, which do not tell."""
-        if isinstance(self.batches, StreamBatches):
-            return []
-        return [[corpus.windows, corpus.tokens] for corpus in self.batches.schedule.windows.corpora]
-
-    @property
     def denoisers(self) -> list[str]:
         """The denoisers' names as they appear in the log, `[R] span mu=3 r=0.15` as `R-span-mu3-r0.15`."""
         return [name.translate(str.maketrans(" ", "-", "[]=")) for name in self.mixture.names]

@@ -18,6 +18,11 @@ class RunFolder:
         return self.root / "recipe.yaml"
 
     @property
+    def corpora(self) -> Path:
+        """What the training text is, so that a run cannot go on with another."""
+        return self.root / "corpora.json"
+
+    @property
     def log(self) -> Path:
         """One JSON line for each logged step and each evaluation."""
         return self.root / "log.jsonl"

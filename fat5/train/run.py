@@ -1,5 +1,6 @@
 """A run of `fat5 pretrain`: from a recipe to a trained FAT5 repo, with its log and its pictures."""
 
+import json
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,6 +15,7 @@ from fat5.train import checkpoints, sharding
 from fat5.train.arguments import training_arguments
 from fat5.train.callbacks import JsonLines, LastStep, ProgressBar
 from fat5.train.continuation import Claim, require_agreement, require_same_run
+from fat5.train.corpora import pin_corpora, require_same_text
 from fat5.train.data import load_data
 from fat5.train.energy import Energy
 from fat5.train.errors import Stopped, TrainingError
@@ -52,16 +54,19 @@ def pretrain(recipe: Recipe, resume: str = "auto") -> list[dict[str, Any]]:
     require_agreement(folder, checkpoint)
     signals, energy = StopSignals(), Energy()
     try:
-        trainer = _trainer(recipe, args, folder, signals)
+        pinned = pin_corpora(recipe, folder, fresh=checkpoint is None)
+        trainer = _trainer(pinned, args, folder, signals)
         # The run's dropout is not the model's: who fine-tunes it later gets the rate that it came with. It is read now:
         # what the model was loaded from need not be there at the end.
         dropout_rate = own_dropout(recipe.model)
         trainer.add_callback(energy)
+        text = require_same_text(pinned, trainer.train_dataset, folder, fresh=checkpoint is None)
         if checkpoint is not None and isinstance(trainer, StreamTrainer):
             trainer.begin_at(checkpoint)
         with Claim(folder) if args.should_save else nullcontext():
             if args.should_save:
                 write_file(folder.recipe, recipe_text(recipe).encode())
+                write_file(folder.corpora, json.dumps(text).encode())
             with signals:
                 trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
             step = trainer.state.global_step
@@ -88,7 +93,7 @@ def _trainer(recipe: Recipe, args: TrainingArguments, folder: RunFolder, signals
         enable()
     if training.parallel == "fsdp":
         sharding.shard(model, args.device)
-    progress = Progress(text=data.sizes)
+    progress = Progress()
 
     def examples(step: int) -> list[dict[str, Any]]:
         if isinstance(trainer, StreamTrainer):
