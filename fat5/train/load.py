@@ -125,7 +125,7 @@ def load_tokenizer(options: ModelOptions, config: PretrainedConfig) -> PreTraine
     folder = Path(options.path)
     if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise TrainingError(
-            f"model.path {folder} holds no tokenizer (none of {', '.join(TOKENIZER_FILES)}); copy the one there that the "
+            f"model.path {folder} has no tokenizer (none of {', '.join(TOKENIZER_FILES)}); copy the one there that the "
             "model was trained with, or make one by `fat5 train-tokenizer`"
         )
     try:

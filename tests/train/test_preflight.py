@@ -106,7 +106,7 @@ def test_a_missing_tokenizer_is_found(toy, tmp_path):
     shutil.copytree(toy.model, tmp_path / "model", ignore=shutil.ignore_patterns("tokenizer*", "spiece*"))
     result = dry_run(toy.settings(tmp_path / "out", model__path=tmp_path / "model"))
     assert result.exit_code == 1
-    assert f"model.path {tmp_path / 'model'} holds no tokenizer" in result.output
+    assert f"model.path {tmp_path / 'model'} has no tokenizer" in result.output
 
 
 def test_damaged_weights_are_found(toy, tmp_path):
