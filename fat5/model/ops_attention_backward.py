@@ -98,7 +98,8 @@ def launch_backward(
         if line_gradient:
             diagonals = near_sums_of(bias, problem, k, cu_k, keys.block_m, keys.block_n)
         # one tile more: the kernel copies a tile ahead
-        lse_tiles, delta_tiles = torch.empty((2, (tiles_of(keys.block_m) + 1) * heads, keys.block_m), device=q.device)
+        rows = (tiles_of(keys.block_m) + 1) * heads
+        lse_tiles, delta_tiles = torch.empty((2, rows, keys.block_m), dtype=torch.float32, device=q.device)
     if not deterministic:
         dq_tiles = torch.empty(
             tiles_of(keys.block_m) * heads * block_d * keys.block_m, dtype=torch.float32, device=q.device

@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from fat5.model import ops_attention_backward
 from fat5.model.ops_attention import attention
+from fat5.model.ops_attention_backward_hopper_launch import DEFAULT
 from fat5.model.ops_attention_bias import AlibiBias, DenseBias, T5Bias
 
 
@@ -119,6 +121,23 @@ def test_fresh_outputs_are_written_everywhere(leaves, monkeypatch):
             patch.setattr(torch, "empty_like", poisoned(empty_like))
             for a, b in zip(everything(**options), expected, strict=True):
                 torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_default_dtype_is_not_that_of_statistics(device, monkeypatch, dtype):
+    """What the fused kernel for sm_90 reads as fp32 is that, whatever `torch.set_default_dtype` says."""
+    q = torch.randn(1, 1, 70, 64, dtype=torch.bfloat16, device=device, requires_grad=True)
+    out = attention(q, q, q).sum()
+    seen = []
+    monkeypatch.setattr(ops_attention_backward, "hopper_config", lambda *_: DEFAULT[64])
+    monkeypatch.setattr(ops_attention_backward, "launch_hopper", lambda *operands: seen.extend(operands[5:8]))
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        out.backward()
+    finally:
+        torch.set_default_dtype(before)
+    assert [x.dtype for x in seen] == [torch.float32] * 3
 
 
 @pytest.mark.parametrize(
