@@ -30,6 +30,7 @@ from .stack_flash_t5 import FlashT5Stack, static_length
 if TYPE_CHECKING:
     from .attention_layout import KernelLayout as KernelLayout
     from .attention_mask import AttentionMask as AttentionMask
+    from .constant_tensors import kept as kept
     from .flash_attention import flash_attention as flash_attention
     from .fused_attention import fused_attention as fused_attention
     from .fused_linear import fused_linear as fused_linear

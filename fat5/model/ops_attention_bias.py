@@ -1,11 +1,11 @@
 """Position biases in the form the attention kernels take them."""
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 
+from .constant_tensors import kept
 from .position_encoding import relative_position_bucket
 
 NO_BIAS, T5_BIAS, ALIBI_BIAS, DENSE_BIAS = range(4)
@@ -74,11 +74,12 @@ class BiasArgs:
     exact_dtype: torch.dtype = torch.float32
 
 
-@lru_cache(maxsize=64)
+@kept
 def bias_line(bidirectional: bool, num_buckets: int, max_distance: int) -> BiasLine:
     """The shortest line that holds all of T5's buckets: its ends are read off the buckets themselves."""
     reach = max(max_distance, num_buckets) + 1
-    buckets = relative_position_bucket(torch.arange(-reach, reach + 1), bidirectional, num_buckets, max_distance)
+    distances = torch.arange(-reach, reach + 1, device="cpu")
+    buckets = relative_position_bucket(distances, bidirectional, num_buckets, max_distance)
     changes = (buckets[1:] != buckets[:-1]).nonzero().flatten()
     if changes.numel() == 0:
         left, right = 1, 1
@@ -87,7 +88,7 @@ def bias_line(bidirectional: bool, num_buckets: int, max_distance: int) -> BiasL
     return BiasLine(buckets[reach - left : reach + right + 1].clone(), left, right)
 
 
-@lru_cache(maxsize=64)
+@kept
 def line_buckets(bidirectional: bool, num_buckets: int, max_distance: int, device: torch.device) -> torch.Tensor:
     """`bias_line`'s buckets on a device, copied there once: a CUDA graph could not."""
     return bias_line(bidirectional, num_buckets, max_distance).buckets.to(device)

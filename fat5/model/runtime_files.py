@@ -16,6 +16,7 @@ RUNTIME_FILES = (
     "attention.py",
     "attention_mask.py",
     "attention_layout.py",
+    "constant_tensors.py",
     "flash_attention.py",
     "fused_attention.py",
     "fused_linear.py",

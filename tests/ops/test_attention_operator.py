@@ -9,6 +9,8 @@ from fat5.model.ops_attention import attention
 from fat5.model.ops_attention_backward_hopper_launch import DEFAULT
 from fat5.model.ops_attention_bias import AlibiBias, DenseBias, T5Bias
 
+from fat5.model.position_alibi import alibi_slopes
+
 
 @pytest.fixture
 def leaves(device):
@@ -73,6 +75,18 @@ def test_autocast_with_a_table_in_fp32(leaves):
         out = attention(q, k, v, bias=T5Bias(leaves[3], True, 20))
     assert out.dtype == torch.bfloat16
     assert torch.autograd.grad(out.sum(), leaves[3])[0].dtype == torch.float32
+
+
+def test_alibi_in_inference_mode_and_then_in_training(device):
+    q = torch.randn(1, 5, 9, 16, device=device, requires_grad=True)  # 5 heads: slopes asked for nowhere else
+
+    def step():
+        return attention(q, q, q, bias=AlibiBias(alibi_slopes(5, q.device))).square().sum()
+
+    with torch.inference_mode():
+        step()
+    step().backward()
+    assert q.grad.any()
 
 
 def test_second_derivatives_are_refused(leaves):
