@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from .norm_flash_t5 import FlashT5LayerNorm, NormedSum
 from .ops_attention import DTYPES, kernels_serve
-from .ops_operator import is_watched
+from .ops_operator import is_transformed, is_watched
 from .recomputed_linear import side_by_side
 
 
@@ -22,12 +22,13 @@ def fused_linear(states: torch.Tensor | NormedSum, layers: Sequence[nn.Module]) 
         layers: linear layers from D to N1, N2, ... features.
 
     Returns:
-        The outputs, or None where the layers are to be called one by one: on devices without kernels, where a layer is
-        more than its weight (see `is_plain`), or where there are too few tokens to pay for the copy. The copy moves
-        2 D times the number of features, the one product saves about 4 D (2 D without gradients) times the tokens.
+        The outputs, or None where the layers are to be called one by one: on devices without kernels, in transforms
+        (see `is_transformed`), where a layer is more than its weight (see `is_plain`), or where there are too few
+        tokens to pay for the copy. The copy moves 2 D times the number of features, the one product saves about 4 D
+        (2 D without gradients) times the tokens.
     """
     given = states.hidden_states if isinstance(states, NormedSum) else states
-    if not kernels_serve(given.device):
+    if not kernels_serve(given.device) or is_transformed():
         return None
     weights = plain_weights(layers, given.device)
     if not weights or (len(weights) > 1 and given.shape[:-1].numel() < sum(weight.shape[0] for weight in weights)):
@@ -52,7 +53,9 @@ def project(states: torch.Tensor | NormedSum, layers: Sequence[nn.Module]) -> li
 
 def recomputing_weight(layer: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
     """The weight of a layer on an activation of `x` if `gated_act_linear` may compute both; else None."""
-    if not torch.is_grad_enabled() or is_watched() or not kernels_serve(x.device) or x.dtype not in DTYPES:
+    if not torch.is_grad_enabled() or is_watched() or is_transformed():
+        return None
+    if x.dtype not in DTYPES or not kernels_serve(x.device):
         return None
     weights = plain_weights([layer], x.device)
     return weights[0] if weights and weights[0].dtype == x.dtype else None

@@ -4,7 +4,6 @@ import os
 from collections.abc import Callable
 
 import torch
-from torch.autograd import forward_ad
 
 from .ops_attention_bias import (
     ALIBI_BIAS,
@@ -21,7 +20,7 @@ from .ops_attention_bias import (
 )
 from .ops_attention_problem import Problem
 from .ops_attention_reference import reference_attention
-from .ops_operator import is_watched, operator
+from .ops_operator import is_transformed, is_watched, operator
 
 try:
     import triton  # noqa: F401  (named here so that the loader of remote code sees a guarded import)
@@ -123,7 +122,11 @@ def attention(
     if dropout_p > 0 and seed is None:
         seed = torch.randint(1 << 62, (1,), device=q.device)
     if kernels_serve(q.device):
-        _refuse_transforms(q, k, v)
+        if is_transformed():
+            raise NotImplementedError(
+                "the attention kernels know reverse-mode autograd only: for torch.func and forward mode use the eager "
+                "implementation"
+            )
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
         out, _ = attention_forward(
@@ -179,19 +182,6 @@ def _check(
         want, got = (q.shape[0], heads, q.shape[2], k.shape[2]), tuple(bias.bias.shape)
         if len(got) != 4 or got[2:] != want[2:] or got[0] not in (1, want[0]) or got[1] not in (1, heads):
             raise ValueError(f"a dense bias must be broadcastable to {list(want)} in batch and heads: got {list(got)}")
-
-
-def _refuse_transforms(*tensors: torch.Tensor) -> None:
-    """Forward-mode derivatives would silently be zero, and the transforms of `torch.func` fail obscurely."""
-    if torch.compiler.is_compiling():
-        return
-    if torch._C._functorch.peek_interpreter_stack() is not None or any(
-        forward_ad.unpack_dual(x).tangent is not None for x in tensors
-    ):
-        raise NotImplementedError(
-            "the attention kernels know reverse-mode autograd only: for torch.func and forward mode use the eager "
-            "implementation"
-        )
 
 
 def _bias_operands(bias: T5Bias | AlibiBias | DenseBias | None) -> tuple[int, torch.Tensor | None, bool, int]:

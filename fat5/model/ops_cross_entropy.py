@@ -6,6 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from .ops_attention import DTYPES, kernels_serve
+from .ops_operator import is_transformed
 
 try:
     import triton  # noqa: F401  (named here so that the loader of remote code sees a guarded import)
@@ -58,7 +59,7 @@ def cross_entropy(
     """
     check_options(labels, logits.shape[:-1], z_loss, label_smoothing, reduction)
     flat, targets = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1).to(logits.device)
-    if logits.dtype in DTYPES and kernels_serve(logits.device):
+    if logits.dtype in DTYPES and kernels_serve(logits.device) and not is_transformed():
         rows = torch.ops.fat5.cross_entropy_forward(flat, targets, ignore_index, z_loss, label_smoothing)[:3]
     else:
         rows = reference_rows(flat, targets, ignore_index, z_loss, label_smoothing)

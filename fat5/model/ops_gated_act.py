@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from .ops_attention import DTYPES, kernels_serve
-from .ops_operator import operator
+from .ops_operator import is_transformed, operator
 from .ops_philox import draw_seed, elementwise_dropout
 
 try:
@@ -60,7 +60,7 @@ def gated_act(
         raise ValueError(f"dropout_p must be at least 0 and below 1: got {dropout_p}")
     if seed is None:
         seed = draw_seed(dropout_p, x.device)
-    if x.dtype in DTYPES and kernels_serve(x.device):
+    if x.dtype in DTYPES and kernels_serve(x.device) and not is_transformed():
         return gated_act_forward(x, up, seed, ACTIVATIONS[act], gated, dropout_p)
     return reference_gated_act(x, up, ACTIVATIONS[act], gated, dropout_p, seed)
 

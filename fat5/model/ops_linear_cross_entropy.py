@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from .ops_attention import DTYPES, kernels_serve
 from .ops_cross_entropy import CrossEntropy, check_options, new_rows, reduce, reference_rows, row_shapes
+from .ops_operator import is_transformed
 
 try:
     import triton  # noqa: F401  (named here so that the loader of remote code sees a guarded import)
@@ -64,7 +65,7 @@ def linear_cross_entropy(
         )
     hidden, targets = hidden_states.reshape(-1, hidden_states.shape[-1]), labels.reshape(-1).to(device)
     options = (logit_scale, ignore_index, z_loss, label_smoothing)
-    if not (hidden.dtype in DTYPES and kernels_serve(device)):
+    if not (hidden.dtype in DTYPES and kernels_serve(device)) or is_transformed():
         rows = reference_rows(F.linear(hidden, weight) * logit_scale, targets, *options[1:])
     elif reduction == "none":
         rows = torch.ops.fat5.linear_cross_entropy_rows(hidden, weight, targets, *options)[:3]

@@ -8,6 +8,7 @@ import torch
 from interpreter import DEVICE, INTERPRETED, needs_kernels, run_interpreted, serve_layers
 from model_parity import batch, build_flash, build_stock, relative_error
 from peft import LoraConfig, get_peft_model
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 import fat5.model.layers_flash_t5
@@ -225,6 +226,27 @@ def test_hooks_see_what_they_saw(wrapped, kernels):
     assert len(seen) == {"layer_norm": 5, "act": 2, "self_attention": 2, "wo": 2}[wrapped]
     for name, gradient in expected.items():
         assert relative_error(hooked[name], gradient) < 2e-5, name
+
+
+@needs_kernels
+def test_forward_mode_goes_by_plain_torch(kernels):
+    """The derivative of a training step's loss along every weight at once, on the eager implementation."""
+    kernels(True)
+    model, inputs = build(d_ff=3, num_heads=1, d_kv=2).train(), inputs_of()
+    model.set_attn_implementation("eager")
+    _, gradients = loss_and_gradients(model, **inputs)
+    weights = dict(model.named_parameters())
+    tangents = {name: torch.randn_like(weight) for name, weight in weights.items()}
+    expected = sum((gradients[name] * tangent).sum() for name, tangent in tangents.items())
+
+    def loss(weights):
+        return torch.func.functional_call(model, weights, kwargs=inputs).loss
+
+    torch.testing.assert_close(torch.func.jvp(loss, (weights,), (tangents,))[1], expected, rtol=1e-4, atol=1e-5)
+    with forward_ad.dual_level():
+        duals = {name: forward_ad.make_dual(weight, tangents[name]) for name, weight in weights.items()}
+        got = forward_ad.unpack_dual(loss(duals)).tangent
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
 @needs_kernels

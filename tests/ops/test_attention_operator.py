@@ -8,7 +8,6 @@ from fat5.model import ops_attention_backward
 from fat5.model.ops_attention import attention
 from fat5.model.ops_attention_backward_hopper_launch import DEFAULT
 from fat5.model.ops_attention_bias import AlibiBias, DenseBias, T5Bias
-
 from fat5.model.position_alibi import alibi_slopes
 
 
@@ -109,8 +108,12 @@ def test_function_transforms_are_refused(leaves):
     ):
         with pytest.raises(NotImplementedError, match="reverse-mode autograd only"):
             transformed()
-    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="reverse-mode"):
-        loss(torch.autograd.forward_ad.make_dual(q, q))
+    table = leaves[3].detach()
+    with torch.autograd.forward_ad.dual_level():
+        with pytest.raises(NotImplementedError, match="reverse-mode"):
+            loss(torch.autograd.forward_ad.make_dual(q, q))
+        with pytest.raises(NotImplementedError, match="reverse-mode"):
+            attention(q, k, v, bias=T5Bias(torch.autograd.forward_ad.make_dual(table, table), True, 20))
 
 
 def test_fresh_outputs_are_written_everywhere(leaves, monkeypatch):
