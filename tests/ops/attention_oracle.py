@@ -100,7 +100,7 @@ def _one(x, q, k, v, bias, keep, p) -> torch.Tensor:
         scores = scores - bias.to(scores.dtype)[:, None, None] * distances.abs()
     elif x.kind == "dense":
         scores = scores + bias
-    visible = torch.ones_like(scores, dtype=torch.bool)
+    visible = ~torch.isneginf(scores)
     if x.causal:
         visible &= distances <= 0
     if x.key_lengths is not None:

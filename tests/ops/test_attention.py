@@ -110,6 +110,14 @@ def test_bias_tables(device, buckets, max_distance, bidirectional):
     check(make(device, 260, batch=1, heads=1, buckets=buckets, max_distance=max_distance, bidirectional=bidirectional))
 
 
+def test_buckets_of_minus_infinity_mask(device):
+    """Queries that see keys in the last block alone, and such that see none."""
+    x = make(device, 130, 70, batch=1, heads=1)
+    x.bias[[3, 7]] = -torch.inf  # the farthest, before the query and after it
+    check(x)
+    assert not run(x, x.leaves())[:, :, 100:].any()
+
+
 @pytest.mark.parametrize("d", [24, 32, 64, 80, 128, 256, 1])
 def test_head_dims(device, d):
     check(make(device, 34, d=d, heads=1, scale=d**-0.5))
