@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from .norm_flash_t5 import FlashT5LayerNorm, NormedSum
-from .ops_attention import DTYPES, kernels_serve
+from .ops_attention import kernels_serve
+from .ops_attention_checks import DTYPES
 from .ops_operator import is_transformed, is_watched
 from .recomputed_linear import side_by_side
 

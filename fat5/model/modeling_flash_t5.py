@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from .ops_attention_bias_grad import line_gradient_kernel as line_gradient_kernel
     from .ops_attention_bias_grad_hopper import issue_keys as issue_keys
     from .ops_attention_bias_line import line_gradient as line_gradient
+    from .ops_attention_checks import check_bias as check_bias
     from .ops_attention_configs import forward_config as forward_config
     from .ops_attention_diagonals_hopper import store_strips as store_strips
     from .ops_attention_forward import launch_forward as launch_forward

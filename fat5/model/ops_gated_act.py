@@ -5,7 +5,8 @@ import math
 import torch
 from torch.nn import functional as F
 
-from .ops_attention import DTYPES, kernels_serve
+from .ops_attention import kernels_serve
+from .ops_attention_checks import DTYPES
 from .ops_operator import is_transformed, operator
 from .ops_philox import draw_seed, elementwise_dropout
 

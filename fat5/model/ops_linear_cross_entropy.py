@@ -10,7 +10,8 @@ from collections.abc import Iterator
 import torch
 from torch.nn import functional as F
 
-from .ops_attention import DTYPES, kernels_serve
+from .ops_attention import kernels_serve
+from .ops_attention_checks import DTYPES
 from .ops_cross_entropy import CrossEntropy, check_options, new_rows, reduce, reference_rows, row_shapes
 from .ops_operator import is_transformed
 

@@ -2,7 +2,8 @@
 
 import torch
 
-from .ops_attention import DTYPES, kernels_serve
+from .ops_attention import kernels_serve
+from .ops_attention_checks import DTYPES
 from .ops_operator import is_transformed, operator
 from .ops_philox import draw_seed, elementwise_dropout
 

@@ -35,6 +35,7 @@ RUNTIME_FILES = (
     "ops_attention_bias_grad.py",
     "ops_attention_bias_grad_hopper.py",
     "ops_attention_bias_line.py",
+    "ops_attention_checks.py",
     "ops_attention_configs.py",
     "ops_attention_diagonals_hopper.py",
     "ops_attention_forward.py",
