@@ -19,7 +19,7 @@ from .ops_attention_bias import (
     line_buckets,
 )
 from .ops_attention_checks import check_bias, check_devices, check_layout, check_numbers
-from .ops_attention_problem import Problem
+from .ops_attention_problem import Problem, addressable
 from .ops_attention_reference import reference_attention
 from .ops_operator import is_transformed, is_watched, operator
 
@@ -131,7 +131,7 @@ def attention(
                 "the attention kernels know reverse-mode autograd only: for torch.func and forward mode use the eager "
                 "implementation"
             )
-        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+        q, k, v = (addressable(x) for x in (q, k, v))
         deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
         out, _ = attention_forward(
             q, k, v, bias_tensor, cu_seqlens_q, cu_seqlens_k, key_lengths, seed, kind, bidirectional, max_distance,
