@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.modules.module import _has_any_global_hook
 
 from .norm_flash_t5 import FlashT5LayerNorm, NormedSum
 from .ops_attention import kernels_serve
@@ -100,7 +101,9 @@ class SplitColumns(torch.autograd.Function):
 
 
 def is_plain(layer: nn.Module) -> bool:
-    """Whether calling a layer is just the product with its weight: no adapter, quantisation, offloading, hook."""
+    """Whether calling a layer is just the product with its weight: no adapter, quantisation or offloading, no
+    hook of its own or of all modules.
+    """
     return (
         is_untouched(layer, nn.Linear)
         and layer.bias is None
@@ -110,10 +113,13 @@ def is_plain(layer: nn.Module) -> bool:
 
 
 def is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether calling a module is just the forward of its class: nothing wraps it, no hook waits for the call."""
+    """Whether calling a module is just the forward of its class: nothing wraps it, no hook, its own or of
+    all modules, waits for the call.
+    """
     return (
         type(module) is kind
         and "forward" not in vars(module)  # accelerate replaces it on the instance
         and not (module._forward_hooks or module._forward_pre_hooks)
         and not (module._backward_hooks or module._backward_pre_hooks)
+        and not _has_any_global_hook()
     )

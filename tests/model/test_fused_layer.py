@@ -15,6 +15,7 @@ import fat5.model.layers_flash_t5
 import fat5.model.modeling_flash_t5
 from fat5.model import fused_linear as fused_linear_module
 from fat5.model import recomputed_linear
+from fat5.model.norm_flash_t5 import FlashT5LayerNorm
 
 SHAPE = {"num_layers": 1, "num_heads": 2, "vocab_size": 99}
 TOKENS = (4, 3, 2) if INTERPRETED else (61, 37, 3)
@@ -226,6 +227,21 @@ def test_hooks_see_what_they_saw(wrapped, kernels):
     assert len(seen) == {"layer_norm": 5, "act": 2, "self_attention": 2, "wo": 2}[wrapped]
     for name, gradient in expected.items():
         assert relative_error(hooked[name], gradient) < 2e-5, name
+
+
+@needs_kernels
+def test_hooks_of_all_modules_see_every_call(kernels):
+    kernels(True)
+    model, inputs = build(d_ff=3, num_heads=1, d_kv=2).train(), inputs_of()
+    seen = []
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(lambda module, given: seen.append(module))
+    try:
+        with torch.no_grad():
+            model(**inputs)
+    finally:
+        hook.remove()
+    called = (torch.nn.Linear, FlashT5LayerNorm)
+    assert not [name for name, module in model.named_modules() if isinstance(module, called) and module not in seen]
 
 
 @needs_kernels
