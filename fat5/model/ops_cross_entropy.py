@@ -92,10 +92,11 @@ def reduce(
 ) -> CrossEntropy:
     """Sums of loss, z-loss and right predictions, divided as `cross_entropy` says."""
     loss, z, correct = sums
-    count = (labels != ignore_index).sum().clamp(min=1)
+    labelled = (labels != ignore_index).sum()
+    count = labelled.clamp(min=1)
     if reduction == "mean":
-        divisor = count if num_items is None else num_items
-        divisor = divisor.to(loss.device) if isinstance(divisor, torch.Tensor) else divisor
+        items = num_items.to(loss.device) if isinstance(num_items, torch.Tensor) else num_items
+        divisor = count if items is None else torch.where(labelled > 0, items, 1)  # without labels the items may be 0
         loss, z = loss / divisor, z / divisor
     return CrossEntropy(loss, z.detach(), correct.detach() / count)
 
@@ -104,7 +105,7 @@ def reference_rows(
     logits: torch.Tensor, labels: torch.Tensor, ignore_index: int, z_loss: float, smoothing: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Loss, z-loss and right predictions of each row in plain torch, in fp32 or better. Differentiable by autograd."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits, labels = logits.to(torch.promote_types(logits.dtype, torch.float32)), labels.long()
     counts = labels != ignore_index
     loss = F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="none", label_smoothing=smoothing)
     z = torch.where(counts, z_loss * logits.logsumexp(-1).square(), 0.0)

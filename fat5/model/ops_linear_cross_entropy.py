@@ -8,6 +8,7 @@ Three matrix products, as with all logits at once.
 from collections.abc import Iterator
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .ops_attention import kernels_serve
@@ -154,6 +155,13 @@ def _save_gradients(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def
 
 
 def _scale_gradients(ctx, dloss, *_):  # type: ignore[no-untyped-def]  # as above
+    if torch.is_grad_enabled():  # for derivatives of derivatives: those are refused, where otherwise they would be 0
+        dloss = dloss.detach().requires_grad_()
+    return _scaled_gradients(ctx, dloss)
+
+
+@once_differentiable
+def _scaled_gradients(ctx, dloss):  # type: ignore[no-untyped-def]  # as above
     gradients: list[torch.Tensor | None] = []
     for gradient, learns in zip(ctx.saved_tensors, ctx.learns, strict=True):
         scaled = gradient.new_empty(gradient.shape, dtype=ctx.dtype)
