@@ -116,6 +116,31 @@ def test_second_derivatives_are_refused(device):
         (hidden.sum() + first[0].square().sum()).backward()
 
 
+def test_small_gradients_survive_fp16_under_a_loss_scale(device):
+    """Rows of the weight for what is improbable everywhere, as exact as plain torch's, whose logits see the scale."""
+    tokens, vocab, width, logit_scale, items, loss_scale = 4, 300, 32, 0.05, 16384, 65536.0
+    weight, labels = torch.randn(vocab, width, device=device), torch.arange(tokens, device=device)
+    rows = weight[labels]
+    hidden = torch.randn(tokens, width, device=device) + 14 / logit_scale * rows / rows.square().sum(-1, keepdim=True)
+    hidden, weight = hidden.half(), weight.half()
+
+    def plain(hidden, weight):
+        logits = (hidden * logit_scale) @ weight.T
+        loss = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels, reduction="sum")
+        return loss / items
+
+    def fused(hidden, weight):
+        return linear_cross_entropy(hidden, weight, labels, logit_scale=logit_scale, num_items=items).loss
+
+    found = []
+    for function, dtype in ((plain, torch.float64), (plain, torch.float16), (fused, torch.float16)):
+        leaves = [x.to(dtype).requires_grad_() for x in (hidden, weight)]
+        gradients = torch.autograd.grad(function(*leaves) * loss_scale, leaves)
+        found.append((gradients[0].double(), gradients[1][tokens:].double()))
+    for exact, rounded, got in zip(*found, strict=True):
+        assert (got - exact).norm() <= 2 * (rounded - exact).norm() + 1e-3 * exact.norm()
+
+
 def test_no_tokens(device):
     hidden = torch.zeros(0, 8, device=device, requires_grad=True)
     weight = torch.randn(29, 8, device=device, requires_grad=True)
