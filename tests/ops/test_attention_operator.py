@@ -7,7 +7,7 @@ from torch.utils.checkpoint import checkpoint
 from fat5.model import ops_attention_backward
 from fat5.model.ops_attention import attention
 from fat5.model.ops_attention_backward_hopper_launch import DEFAULT
-from fat5.model.ops_attention_bias import AlibiBias, T5Bias
+from fat5.model.ops_attention_bias import AlibiBias, DenseBias, T5Bias
 from fat5.model.position_alibi import alibi_slopes
 
 
@@ -116,8 +116,18 @@ def test_function_transforms_are_refused(leaves):
             attention(q, k, v, bias=T5Bias(torch.autograd.forward_ad.make_dual(table, table), True, 20))
 
 
-def test_fresh_outputs_are_written_everywhere(leaves, monkeypatch):
+@pytest.mark.parametrize("kind", ["t5", "packed", "dense"])
+def test_fresh_outputs_are_written_everywhere(device, kind, monkeypatch):
     """Memory that the launchers allocate starts as NaN, and none of it comes out."""
+    dtype = torch.float32 if kind == "t5" else torch.bfloat16
+    shape, cu = ((33, 2, 16), {}) if kind == "packed" else ((1, 2, 33, 16), {})
+    if kind == "packed":
+        ends = torch.tensor([0, 13, 13, 33], dtype=torch.int32, device=device)
+        cu = {"cu_seqlens_q": ends, "cu_seqlens_k": ends}
+    leaves = [torch.randn(shape, dtype=dtype, device=device, requires_grad=True) for _ in range(3)]
+    bias_shape = (1, 2, 33, 33) if kind == "dense" else (8, 2)
+    leaves.append(torch.randn(bias_shape, dtype=dtype, device=device, requires_grad=True))
+    bias = DenseBias(leaves[3]) if kind == "dense" else T5Bias(leaves[3], True, 20)
     empty, empty_like = torch.empty, torch.empty_like
 
     def poisoned(allocate):
@@ -128,7 +138,7 @@ def test_fresh_outputs_are_written_everywhere(leaves, monkeypatch):
         return allocate_poisoned
 
     def everything(**options):
-        out = attention(*leaves[:3], bias=T5Bias(leaves[3], True, 20), **options)
+        out = attention(*leaves[:3], bias=bias, **cu, **options)
         return [out, *torch.autograd.grad(out.square().sum(), leaves)]
 
     for options in ({"deterministic": True}, {"causal": True, "deterministic": True}, {}):
