@@ -1,8 +1,22 @@
-"""Folders that appear whole or not at all."""
+"""Files and folders that appear whole or not at all."""
 
 import os
 import shutil
 from pathlib import Path
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file; what had that name is replaced once the new content has reached the disk.
+
+    Raises:
+        OSError: the disk is full or does not take it; `path` is as it was.
+    """
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(path)
 
 
 def put_in_place(staged: Path, final: Path, aside: Path) -> None:

@@ -160,7 +160,7 @@ def _layout(config: FlashT5Config, checkpoint: Checkpoint) -> Layout:
         num_buckets=config.relative_attention_num_buckets,
         gated=config.is_gated_act,
         per_layer_bias=config.relative_attention_per_layer,
-        tied="lm_head.weight" not in names,
+        tied="lm_head.weight" not in names and (config.tie_word_embeddings or encoder_only or head is not None),
         encoder_only=encoder_only,
         head=head,
         num_labels=len(config.id2label or {}),

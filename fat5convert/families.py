@@ -71,7 +71,7 @@ VARIANTS: tuple[Variant, ...] = (
         "FAT5",
         "flash_t5",
         "CATIE-AQ/FAT5",
-        "published FAT5, but not with RoPE; its code files are replaced",
+        "published FAT5, heads included, but not with RoPE; its code files are replaced",
     ),
 )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import pickle
+import pickletools
 import re
 import struct
 import zipfile
@@ -121,6 +122,8 @@ class SafetensorsFile:
         with open(self.path, "rb") as file:
             start = file.read(8)
             length = int.from_bytes(start, "little")
+            if start == b"version " and size < 1024:
+                raise ConvertError(f"{self.path}: a pointer of Git LFS, no weights. Fetch them by `git lfs pull`.")
             if len(start) < 8 or length > min(size - 8, MAX_HEADER_BYTES):
                 raise self._bad(f"truncated or no safetensors file (header of {length} bytes, file of {size})")
             try:
@@ -164,6 +167,25 @@ class SafetensorsFile:
         return ConvertError(f"{self.path}: {what}. Download or copy the file again.")
 
 
+def _first_call(path: Path) -> str | None:
+    """What a pickle that is no checkpoint would import and call first; None if it is no pickle, or calls nothing."""
+    name, words = None, [""] * 2
+    try:
+        with open(path, "rb") as file:
+            for opcode, argument, _ in pickletools.genops(file.read(1 << 20)):
+                if opcode.name == "GLOBAL":
+                    name = str(argument).replace(" ", ".")
+                elif opcode.name == "STACK_GLOBAL":
+                    name = ".".join(words[-2:])
+                elif opcode.name in ("REDUCE", "OBJ", "INST", "NEWOBJ", "NEWOBJ_EX"):
+                    return name if name and not name.startswith(("torch.", "collections.")) else None
+                elif isinstance(argument, str):
+                    words.append(argument)
+    except (ValueError, OSError):
+        pass
+    return None
+
+
 class PickleFile:
     """A `pytorch_model.bin`; unpickled without running code, and memory-mapped where the format allows it."""
 
@@ -177,8 +199,9 @@ class PickleFile:
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         except pickle.UnpicklingError as error:
             unsafe = re.search(r"GLOBAL (\S+)", str(error))
-            if unsafe:
-                what = f"refused, because reading it would run code ({unsafe.group(1)})"
+            called = unsafe.group(1) if unsafe else _first_call(path)
+            if called:
+                what = f"refused, because reading it would run code ({called})"
                 raise ConvertError(f"{path}: {what}. Ask its author for a safetensors file.") from error
             raise ConvertError(f"{path}: truncated or no weights file. Download or copy it again.") from error
         except (*_MALFORMED, zipfile.BadZipFile, RecursionError) as error:

@@ -17,7 +17,16 @@ class Head(NamedTuple):
     title: str
     marker: str  # a tensor that a model has with this head and with no other
     prefix: str  # of the tensors that are not the head's, in stock files
-    reads_decoder: bool  # in stock T5
+    reads_decoder: bool  # in stock T5; in the published FAT5 none does
+
+    @property
+    def is_stock(self) -> bool:
+        """Whether stock T5 has such a head."""
+        return self in HEADS
+
+    def on_encoder(self) -> Head:
+        """The head of this task in the published FAT5. Its T5 names are those of the oracle (`encoder_heads`)."""
+        return self._replace(reads_decoder=False, prefix="transformer.")
 
 
 HEADS = (

@@ -251,7 +251,8 @@ def check(
         if names
     ]
     if problems:
-        raise ConvertError("the tensors do not fit the config: " + "; ".join(problems))
+        advice = "Correct the config, or download or save the weights again."
+        raise ConvertError(f"the tensors do not fit the config: {'; '.join(problems)}. {advice}")
 
 
 def _some(names: Sequence[str], limit: int = 8) -> str:

@@ -117,7 +117,11 @@ class _Comparison:
             return streamed_stock(self.recognised, weights)
         stock = _load_stock(self.checkpoint, self.recognised)
         stored = Weights(self.checkpoint, self.recognised)
-        if not self.recognised.layout.tied and not torch.equal(stock.lm_head.weight, stored["lm_head.weight"]):
+        broken = [name for name, parameter in stock.named_parameters() if not parameter.isfinite().all()]
+        if broken:
+            names = ", ".join(broken[:8]) + (f", and {len(broken) - 8} more" if len(broken) > 8 else "")
+            self.differences.append(f"values that are not finite, so that nothing can be compared, in {names}")
+        elif not self.recognised.layout.tied and not torch.equal(stock.lm_head.weight, stored["lm_head.weight"]):
             self.differences.append("stock transformers did not load the lm_head of the file, and is no oracle for it")
         if forms is not None:
             with torch.no_grad():

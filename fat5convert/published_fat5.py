@@ -24,6 +24,11 @@ _FIELDS = {
     "crossentropy_inplace_backward",
 }
 _ALIBI_MODES = {"symetric": "symmetric", "asymetric": "asymmetric"}
+RANDOMISED = (
+    "the published model draws those of queries and of keys apart, in every call; converted, it draws both as one, in "
+    "training alone, and is compared at positions 0, 1, 2, ..."
+)
+"""What becomes of randomised positions, with which the published model computes nothing twice."""
 
 
 def is_published_fat5(raw: Mapping[str, Any]) -> bool:
@@ -71,14 +76,21 @@ def read_positions(raw: Mapping[str, Any]) -> dict[str, Any]:
             f"position_encoding_type {kind!r} is none of 't5', 'ALiBi', 'RoPE', 'FIRE', and the published model then "
             "has no positions. If that is meant, write 'none'"
         )
-    # FIRE, like no positions, takes no notice of it.
-    if raw.get("use_randomized_position_encoding") and kind in ("t5", "ALiBi"):
-        raise ConvertError(
-            "use_randomized_position_encoding: the published model draws the positions of queries and of keys apart, "
-            "in every call, so that nothing computes the same twice. Set it to false to convert the model with "
-            "positions 0, 1, 2, ..."
-        )
     fields: dict[str, Any] = {"position_encoding_type": kind or "none"}
+    randomised = raw.get("use_randomized_position_encoding", False)
+    if not isinstance(randomised, bool):
+        raise ConvertError(f"use_randomized_position_encoding must be true or false, not {randomised!r}")
+    if randomised and kind == "ALiBi":
+        raise ConvertError(
+            "use_randomized_position_encoding with 'ALiBi': the published model then takes the biases of pairs of "
+            "positions in place of all, which is no position bias. Set it to false to convert the model with positions "
+            "0, 1, 2, ..."
+        )
+    if randomised and kind == "t5":  # FIRE, like no positions, takes no notice of it
+        fields |= {
+            "use_randomized_position_encoding": True,
+            "max_sequence_length": read_size(raw, "max_sequence_length", default=1024),
+        }
     if kind == "ALiBi":
         mode = raw.get("alibi_mode", "symetric")
         if not isinstance(mode, str) or mode not in _ALIBI_MODES:

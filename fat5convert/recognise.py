@@ -18,7 +18,7 @@ from fat5convert.heads import Head, architectures, read_head, read_labels
 from fat5convert.keymap import LEFTOVERS, LM_HEAD, NAMINGS, STOCK, Naming, Pair
 from fat5convert.layout import Layout
 from fat5convert.precision import CONVERTIBLE, short_name
-from fat5convert.published_fat5 import is_published_fat5, read_positions, translate_published
+from fat5convert.published_fat5 import RANDOMISED, is_published_fat5, read_positions, translate_published
 from fat5convert.source import Checkpoint
 from fat5convert.source_config import read_decoder_start, read_layout, read_scaling
 
@@ -80,9 +80,13 @@ def recognise(checkpoint: Checkpoint) -> Recognised:
                 fire_mlp_width=positions.get("fire_mlp_width", 0),
             )
             positions_reason = f"config.json has position_encoding_type {raw.get('position_encoding_type', 't5')!r}"
+            if positions.get("use_randomized_position_encoding"):
+                positions_reason += f", drawn at random: {RANDOMISED}"
         start, start_reason = read_decoder_start(fields)
         scaled, scaled_reason = read_scaling(fields, FAMILIES[model_type])
         head, head_reason = read_head(raw, tensors)
+        if published and head and head.reads_decoder and not any(name.startswith("decoder.block.") for name in tensors):
+            head, head_reason = head.on_encoder(), f"{head_reason}, and no decoder"
         layout = replace(layout, head=head, encoder_only=_is_encoder_only(raw, tensors, naming, head))
         if head:
             labels = _read_head_fields(raw, config, head)
@@ -143,7 +147,7 @@ def _is_encoder_only(raw: Mapping[str, Any], tensors: Iterable[str], naming: Nam
     if naming.column == "wan":
         return True
     if head is not None:
-        return head.task == "TokenClassification"
+        return not head.reads_decoder
     copies = {naming.prefix + "decoder.embed_tokens.weight"}
     if any(name.startswith(naming.prefix + "decoder.") and name not in copies for name in tensors):
         return False
@@ -152,11 +156,6 @@ def _is_encoder_only(raw: Mapping[str, Any], tensors: Iterable[str], naming: Nam
 
 def _read_head_fields(raw: Mapping[str, Any], config: Mapping[str, Any], head: Head) -> dict[str, Any]:
     """The fields of FlashT5Config that the head of a checkpoint needs."""
-    if is_published_fat5(raw) and head.reads_decoder:
-        raise ConvertError(
-            f"a head for {head.title} on the encoder, as the published FAT5 has it, does not convert: stock T5's "
-            "reads the decoder"
-        )
     if head.task == "SequenceClassification" and type(config["eos_token_id"]) is not int:
         raise ConvertError(
             f"eos_token_id must be one token id, not {config['eos_token_id']!r}: the head reads the state there"

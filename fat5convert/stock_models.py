@@ -13,6 +13,7 @@ import transformers
 from transformers import MT5Config, PretrainedConfig, PreTrainedModel, T5Config, UMT5Config
 
 from fat5.model import FlashT5Config
+from fat5convert.encoder_heads import ORACLES
 from fat5convert.layout import Layout
 from fat5convert.precision import Form
 from fat5convert.published_bias import replace_bias
@@ -125,7 +126,10 @@ def streamed_stock(recognised: Recognised, weights: Mapping[str, torch.Tensor]) 
     layout, model_type = recognised.layout, recognised.model_type
     fields = stock_config(FlashT5Config(**recognised.config), model_type, layout)
     config = _CONFIG_CLASSES[model_type].from_dict(fields)
-    model = without_weights(stock_class(model_type, layout), config, "eager", torch.float32)
+    oracle_class: Any = stock_class(model_type, layout)
+    if layout.head and not layout.head.is_stock:
+        oracle_class = ORACLES[layout.head.task]
+    model = without_weights(oracle_class, config, "eager", torch.float32)
     if layout.positions != "t5":
         with torch.device("meta"):
             replace_bias(model, recognised.config)

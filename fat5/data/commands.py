@@ -198,7 +198,9 @@ def show(recipe: Path, changes: tuple[str, ...], examples: int, batches: int) ->
         tokenizer = load_tokenizer(loaded.model.path, loaded.model.revision)
         config, _ = PretrainedConfig.get_config_dict(loaded.model.path, revision=loaded.model.revision)
         mixture = open_mixture(loaded.data, loaded.mixture, tokenizer, config.get("vocab_size"))
-        sizes = {"batch_size": loaded.training.micro_batch_size, "batches_per_step": 1, "seed": loaded.training.seed}
+        training = loaded.training
+        per_step = training.batch_size // training.micro_batch_size  # however many processes share them
+        sizes = {"batch_size": training.micro_batch_size, "batches_per_step": per_step, "seed": training.seed}
         if loaded.data.train[0].streaming:
             stream = streamed_batches(loaded.data, mixture, tokenizer, **sizes)
             window, budget = stream.window, stream.budget
@@ -211,7 +213,7 @@ def show(recipe: Path, changes: tuple[str, ...], examples: int, batches: int) ->
         form = loaded.data.packing
         figures = measure_batches(mixture, budget, form, gathered)
         for line in chain(
-            describe_examples(mixture, gathered[0], loaded.training.seed, tokenizer, examples) if examples else (),
+            describe_examples(mixture, gathered[0], training.seed, tokenizer, examples) if examples else (),
             describe_statistics(figures, mixture, form, window),
         ):
             click.echo(line)

@@ -71,20 +71,25 @@ class CorpusOrder:
     def draw(self, position: Position, count: int, step: int) -> tuple[Ints, Ints, Position]:
         """Draw the next `count` windows with the weights of the stage that `step` is in.
 
-        Without weights, fewer where the pass ends, so that whoever shuffles what is drawn does not mix two passes.
+        Fewer where a pass ends, so that whoever shuffles what is drawn does not mix two passes; but not for the sake of
+        a weighted corpus that goes through more than a pass in `count` windows.
 
         Returns:
             [N] index of each window in the data set, [N] its epoch (passes of its corpus that are
             complete), and the new position.
         """
         shares = next(s for first, s in reversed(self._stages) if first <= step)
-        if len(self._sizes) == 1:
-            count = min(count, self._sizes[0] - position.taken[0] % self._sizes[0])
-        owed = np.array(position.credit) + shares * count
-        counts = np.floor(np.maximum(owed, 0)).astype(np.int64)
-        # What is missing goes to those owed most; a group that is owed less than nothing waits.
-        for group in np.argsort(-(owed - counts), kind="stable")[: count - counts.sum()]:
-            counts[group] += 1
+        credit = np.array(position.credit)
+        # What a corpus that is left out has been owed, or has had too much, is shared by the others.
+        credit = np.where(shares > 0, credit + shares * credit[shares == 0].sum(), 0.0)
+        sizes = np.array(self._sizes)
+        left = sizes - np.array(position.taken) % sizes
+        ends = (sizes > shares * count) | (len(sizes) == 1)
+        counts = _allot(credit, shares, count)
+        while (over := ends & (counts > left)).any():
+            count = max(1, min(count - 1, int(((left + 1 - credit)[over] / shares[over]).min()) + 1))
+            counts = _allot(credit, shares, count)
+        owed = credit + shares * count
         index, epoch = [], []
         for group, number in enumerate(counts.tolist()):
             for its_index, its_epoch in self._pass(group, position.taken[group], number):
@@ -104,6 +109,18 @@ class CorpusOrder:
             pieces.append((self._first[group] + permutation(key, size, place, stop), epoch))
             start += stop - place
         return pieces
+
+
+def _allot(credit: NDArray[np.float64], shares: NDArray[np.float64], count: int) -> Ints:
+    """Divide `count` windows by shares and what is owed from before (largest remainders); [groups]."""
+    owed = credit + shares * count
+    counts = np.floor(np.maximum(owed, 0)).astype(np.int64)
+    while (missing := count - counts.sum()) > 0:
+        counts[np.argmax(np.where(shares > 0, owed - counts, -np.inf))] += 1
+    while missing < 0:  # a group that has had too much waits, and the others wait for it
+        counts[np.argmin(np.where(counts > 0, owed - counts, np.inf))] -= 1
+        missing += 1
+    return counts
 
 
 def shuffled(seed: int, block: int, count: int) -> Ints:

@@ -2,7 +2,10 @@
 
 import glob
 import json
+import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from itertools import count, islice
 from pathlib import Path
 from typing import IO, Any
@@ -69,18 +72,20 @@ class DocumentStream:
 
     Args:
         corpus: what to read.
-        state: begin where the stream was that gave this `state()`.
+        state: begin where the stream was that gave this `state()`; in the commit of a Hub's data set that it read.
 
     Raises:
         DataError: as `read_documents`.
     """
 
     def __init__(self, corpus: CorpusOptions, state: dict[str, Any] | None = None) -> None:
-        self._corpus = corpus
+        if state is not None and "revision" in state:
+            corpus = replace(corpus, revision=state["revision"])
+        self.corpus = corpus
         self._read = 0
         # Only a single source of `datasets` can tell its own place; otherwise documents are read again and
         # skipped.
-        self._data = _load(corpus, corpus.dataset) if corpus.dataset is not None else None
+        self._data = _load(corpus) if corpus.dataset is not None else None
         self._documents = self._all()
         if state is not None and self._data is not None:
             self._data.load_state_dict(state["dataset"])
@@ -100,22 +105,22 @@ class DocumentStream:
     def state(self) -> dict[str, Any]:
         """Give the place of the next document, as plain data."""
         if self._data is not None:
-            return {"read": self._read, "dataset": self._data.state_dict()}
+            return {"read": self._read, "dataset": self._data.state_dict(), "revision": self.corpus.revision}
         return {"read": self._read}
 
     def _all(self) -> Iterator[str]:
         if self._data is not None:
-            yield from _records(self._corpus, self._data, self._corpus.name, lambda: self._read)
+            yield from _records(self.corpus, self._data, self.corpus.name, lambda: self._read)
             return
-        for path in corpus_files(self._corpus):
-            yield from _from_file(self._corpus, path)
+        for path in corpus_files(self.corpus):
+            yield from _from_file(self.corpus, path)
 
 
 def _from_file(corpus: CorpusOptions, path: Path) -> Iterator[str]:
     form = format_of(corpus, path)
     if form == "parquet":
         counter = count()
-        yield from _records(corpus, _load(corpus, "parquet", path), str(path), lambda: next(counter))
+        yield from _records(corpus, _load(corpus, path), str(path), lambda: next(counter))
         return
     errors = "strict" if corpus.invalid_utf8 == "refuse" else "replace"
     try:
@@ -163,8 +168,43 @@ def _from_jsonl(corpus: CorpusOptions, path: Path, file: IO[str]) -> Iterator[st
         yield _text_of(record, corpus.field, f"{path}, line {number}")
 
 
-def _load(corpus: CorpusOptions, builder: str, path: Path | None = None) -> Any:
-    """Open a `datasets.IterableDataset`: a named one, or a file by its builder."""
+def dataset_builder(corpus: CorpusOptions) -> Any:
+    """Find a named data set: its `datasets.DatasetBuilder`, whose `hash` is the commit of a Hub's data set.
+
+    Raises:
+        DataError: it cannot be found; or the Hub does not answer, and what is here is of another commit than wanted.
+    """
+    with _loading(corpus, corpus.name):
+        import datasets
+
+        builder = datasets.load_dataset_builder(corpus.dataset, name=corpus.config, revision=corpus.revision)
+    # What is in the cache is taken, whichever it is, where the Hub does not answer.
+    if re.fullmatch("[0-9a-f]{40}", corpus.revision or "") and builder.hash != corpus.revision:
+        raise DataError(
+            f"cannot load {corpus.name}: the Hub does not give its commit {corpus.revision}, and what has been"
+            f" downloaded is {builder.hash}"
+        )
+    return builder
+
+
+def _load(corpus: CorpusOptions, path: Path | None = None) -> Any:
+    """Open a `datasets.IterableDataset`: the named one, or a Parquet file."""
+    if path is None:
+        builder = dataset_builder(corpus)
+        with _loading(corpus, f"{corpus.name} (split {corpus.split})"):
+            if corpus.streaming:
+                return builder.as_streaming_dataset(split=corpus.split)
+            builder.download_and_prepare()
+            return builder.as_dataset(split=corpus.split).to_iterable_dataset()
+    with _loading(corpus, str(path)):
+        import datasets
+
+        return datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
+
+
+@contextmanager
+def _loading(corpus: CorpusOptions, what: str) -> Iterator[None]:
+    """Name what cannot be loaded."""
     try:
         import datasets
     except ImportError as error:
@@ -172,16 +212,11 @@ def _load(corpus: CorpusOptions, builder: str, path: Path | None = None) -> Any:
             f"reading {corpus.name} needs the `datasets` package, which is not installed; install it, or give the text"
             " as text or jsonl files"
         ) from error
-    split = corpus.split if path is None else "train"
     try:
-        if path is not None:
-            return datasets.load_dataset(builder, data_files=str(path), split=split, streaming=True)
-        arguments: dict[str, Any] = {"name": corpus.config, "revision": corpus.revision, "split": split}
-        if corpus.streaming:
-            return datasets.load_dataset(builder, streaming=True, **arguments)
-        return datasets.load_dataset(builder, **arguments).to_iterable_dataset()
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(f"cannot load {path or corpus.name} (split {split}): {error}") from error
+        yield
+    # A RuntimeError is how `datasets` refuses a data set that is a script.
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(f"cannot load {what}: {error}") from error
 
 
 def _records(corpus: CorpusOptions, data: Any, where: str, number: Callable[[], int]) -> Iterator[str]:

@@ -20,7 +20,8 @@ class CorpusOptions:
         field: the key (jsonl) or column (parquet, dataset) that holds the text.
         config: the configuration of `dataset`.
         split: the split of `dataset`.
-        revision: the Git revision of `dataset`.
+        revision: the Git revision of `dataset`; a branch, or null for the main one, stands for the commit that it is at
+            when the corpus is tokenised or the run begins.
         invalid_utf8: `refuse` stops with the file and place; `replace` puts U+FFFD where bytes are wrong.
         weight: its share of the training tokens, relative to the other corpora's weights. Either all corpora
             of a recipe have one or none; without weights every window of every corpus comes once in an epoch.
@@ -119,6 +120,8 @@ class DataOptions:
             raise ValueError("stages must be in the order of their from_step")
         if len({c.streaming for c in self.train}) > 1:
             raise ValueError("either all training corpora are streaming, or none")
+        if len(self.train) > 1 and self.train[0].streaming and None in weights:
+            raise ValueError("several streamed corpora need weights: a stream does not tell its size")
         if self.max_input_length < 8 or self.max_target_length < 8:
             raise ValueError("max_input_length and max_target_length must be at least 8")
         if self.window is not None and self.window < 1:

@@ -1,5 +1,6 @@
 """From a recipe's data and mixture sections to training batches."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -8,6 +9,7 @@ from fat5.data.batches import BatchDataset
 from fat5.data.corpus_order import CorpusOrder
 from fat5.data.documents import read_documents
 from fat5.data.encode import Encoder
+from fat5.data.hub_revision import pinned
 from fat5.data.options import CorpusOptions, DataOptions, MixtureOptions
 from fat5.data.schedule import Budget, Schedule
 from fat5.data.span_corruption import Mixture
@@ -121,10 +123,13 @@ def streamed_batches(
 ) -> StreamBatches:
     """Read the training corpora as streams; as `training_batches`, without an end.
 
+    A data set of the Hub is read in the commit that it has now, in every pass.
+
     Raises:
         ValueError: several corpora without weights, or the window does not fit.
     """
     lengths = options.max_input_length, options.max_target_length
+    options = replace(options, train=tuple(map(pinned, options.train)))
     if options.window is None and options.packing == "segments":
         documents = streamed_documents(options.train, Encoder(tokenizer, mixture.ids))
         window = window_that_packs(documents, mixture, *lengths)

@@ -70,7 +70,7 @@ def special_ids(
 
     Raises:
         ValueError: the tokenizer has no EOS token, or no sentinels although the mixture needs them, or fewer
-            ids than the family named.
+            ids than the family named; or a mode token means something else already.
     """
     denoisers = tuple(denoisers)
     name = type(tokenizer).__name__
@@ -86,6 +86,9 @@ def special_ids(
         )
     wanted = {d.mode for d in denoisers if d.mode is not None}
     modes, rows = _mode_ids(tokenizer, wanted, vocabulary, embedding_rows)
+    taken = {*sentinels.tolist(), tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id}
+    for mode in (m for m, i in modes.items() if i in taken):
+        raise ValueError(f"the mode {mode} is a sentinel, EOS, padding or unknown token of the tokenizer; take another")
     # Text must not spell a standard mode token either, in use or not: so a corpus need not be tokenised again.
     known = tokenizer.get_vocab()
     reserved = {i for i in tokenizer.all_special_ids if i != tokenizer.unk_token_id}

@@ -54,11 +54,20 @@ class WindowStream:
         Raises:
             DataError: the corpus cannot be read or encoded, or a whole pass has no text.
         """
-        while self._used == len(self._buffer):
-            self._fill()
+        self.epoch()
         self._used += 1
         number = self._first_index + self._count + self._used - 1
         return self._buffer[self._used - 1], number, self._epoch
+
+    def epoch(self) -> int:
+        """Give the pass of the next window; reads on where none is left.
+
+        Raises:
+            DataError: as `next`.
+        """
+        while self._used == len(self._buffer):
+            self._fill()
+        return self._epoch
 
     def _fill(self) -> None:
         self._count += len(self._buffer)
@@ -85,6 +94,7 @@ class WindowStream:
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from a `state`."""
         self._documents = DocumentStream(self._corpus, state["source"])
+        self._corpus = self._documents.corpus
         self._source = state["source"]
         self._epoch, self._count, self._buffer = state["epoch"], state["count"], []
         if state["used"]:
@@ -194,8 +204,11 @@ class StreamBatches(IterableDataset[dict[str, Any]]):
         state = {"sources": [s.state() for s in sources], "block": number, "step": step}
         weights = next(w for first, w in reversed(self._stages) if first <= step)
         tokens = [0.0] * len(sources)
-        drawn = []
-        for _ in range(self.budget.block):
+        drawn: list[tuple[NDArray[np.int32], int, int]] = []
+        while len(drawn) < self.budget.block:
+            # What is drawn is shuffled: a pass of the only corpus ends first. Of several, none tells how long it is.
+            if len(sources) == 1 and drawn and sources[0].epoch() != drawn[-1][2]:
+                break
             # The next window is of the corpus whose tokens are furthest behind its weight.
             which = min((t / w, i) for i, (t, w) in enumerate(zip(tokens, weights, strict=True)) if w)[1]
             drawn.append(sources[which].next())

@@ -23,12 +23,14 @@ from transformers import PreTrainedTokenizerBase
 
 from fat5.data.documents import DataError, corpus_files, format_of, read_documents
 from fat5.data.encode import Encoder, chunks, encode_chunks, naming_documents
+from fat5.data.hub_revision import pinned
 from fat5.data.options import CorpusOptions
 from fat5.data.special_ids import SpecialIds
+from fat5.folders import write_file
 
 Progress = Callable[[int, int], None]
 
-_FORMAT = 1
+_FORMAT = 2
 _SHARD_TOKENS = 1 << 27
 
 
@@ -46,8 +48,8 @@ class TokenStore:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         try:
-            self.index: dict[str, Any] = json.loads((folder / "index.json").read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError) as error:
+            self.index: dict[str, Any] = dict(json.loads((folder / "index.json").read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
             raise DataError(f"{folder} holds no complete tokenised corpus: {error}") from error
         if self.index.get("format") != _FORMAT:
             raise DataError(f"{folder} has format {self.index.get('format')}, not {_FORMAT}; tokenise the corpus again")
@@ -70,6 +72,11 @@ class TokenStore:
     def tokens(self) -> int:
         """Number of tokens."""
         return sum(len(tokens) for tokens, _ in self._shards)
+
+    @property
+    def identity(self) -> str:
+        """A hash of its tokens and documents, the same wherever and from whatever files they were made."""
+        return hashlib.sha256(json.dumps(self.index["shards"], sort_keys=True).encode()).hexdigest()[:24]
 
     def shards(self) -> list[tuple[NDArray[Any], NDArray[np.int64]]]:
         """Give each shard's tokens [T] and document ends [D]."""
@@ -97,6 +104,7 @@ class _Shard:
     documents: int  # that have tokens
     tokens: int
     read: int  # documents read from the source, empty ones included
+    sha256: str  # of the tokens
 
 
 def default_cache() -> Path:
@@ -109,7 +117,7 @@ def store_key(corpus: CorpusOptions, tokenizer: PreTrainedTokenizerBase, ids: Sp
     """Hash everything that decides the tokens of a corpus.
 
     Local files, those of a dataset's folder too, count by path, size and time of change; a dataset of the Hub by name,
-    configuration, split and revision.
+    configuration, split and revision, which `tokenize_corpus` has made a commit.
     """
     options = asdict(corpus)
     del options["weight"], options["streaming"]
@@ -162,8 +170,16 @@ def tokenize_corpus(
 
     Raises:
         DataError: the corpus cannot be read or holds no text, or the cache cannot be written.
+
+    Warns:
+        UserWarning: the Hub does not answer, and what was tokenised before is taken; see `fat5.data.hub_revision`.
     """
-    folder = (cache or default_cache()) / store_key(corpus, tokenizer, ids)
+    cache = cache or default_cache()
+    try:
+        corpus = pinned(corpus, cache)
+    except OSError as error:
+        raise DataError(f"cannot write to {cache}: {error}") from error
+    folder = cache / store_key(corpus, tokenizer, ids)
     if not (folder / "index.json").exists():
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -207,7 +223,7 @@ def write_store(
     while (shard := _write_shard(folder, len(shards), groups, dtype, shard_tokens, progress)) is not None:
         shards.append(shard)
     index = {"format": _FORMAT, "dtype": dtype.str, "shards": [asdict(s) for s in shards]}
-    _write_atomically(folder / "index.json", json.dumps(index, indent=1).encode())
+    write_file(folder / "index.json", json.dumps(index, indent=1).encode())
 
 
 def _write_shard(
@@ -222,6 +238,7 @@ def _write_shard(
     partial = name.with_suffix(".tokens.partial")
     ends: list[int] = []
     tokens = read = 0
+    digest = hashlib.sha256()
     with partial.open("wb") as file:
         for size, encoded in groups:
             before = tokens
@@ -230,7 +247,9 @@ def _write_shard(
                     tokens += len(ids)
                     ends.append(tokens)
             if tokens > before:
-                file.write(np.concatenate(encoded).astype(dtype).tobytes())
+                content = np.concatenate(encoded).astype(dtype).tobytes()
+                file.write(content)
+                digest.update(content)
             read += size
             if progress is not None:
                 progress(size, tokens - before)
@@ -241,10 +260,10 @@ def _write_shard(
     if not read:
         partial.unlink()
         return None
-    shard = _Shard(documents=len(ends), tokens=tokens, read=read)
-    _write_atomically(name.with_suffix(".ends"), np.array(ends, dtype="<i8").tobytes())
+    shard = _Shard(len(ends), tokens, read, digest.hexdigest())
+    write_file(name.with_suffix(".ends"), np.array(ends, dtype="<i8").tobytes())
     partial.rename(name.with_suffix(".tokens"))
-    _write_atomically(name.with_suffix(".json"), json.dumps(asdict(shard)).encode())
+    write_file(name.with_suffix(".json"), json.dumps(asdict(shard)).encode())
     return shard
 
 
@@ -253,12 +272,3 @@ def _finished_shards(folder: Path) -> list[_Shard]:
     while (path := folder / f"shard-{len(shards):05d}.json").exists():
         shards.append(_Shard(**json.loads(path.read_text(encoding="utf-8"))))
     return shards
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(path)

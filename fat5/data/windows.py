@@ -71,6 +71,11 @@ class WindowDataset(Dataset[Window]):
     def __len__(self) -> int:
         return int(self._shard_ends[-1]) if len(self._shard_ends) else 0
 
+    @property
+    def identity(self) -> list[str]:
+        """What the text of each corpus is; see `TokenStore.identity`."""
+        return [store.identity for store in self._stores]
+
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch that the examples carry, and with it the masks they get."""
         self.epoch = epoch

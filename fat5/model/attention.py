@@ -13,8 +13,10 @@ from .flash_attention import FLASH_ATTENTION, flash_attention
 from .fused_attention import fused_attention
 from .fused_linear import project
 from .norm_flash_t5 import NormedSum
+from .ops_operator import is_watched
 from .position_alibi import AlibiPositionBias
 from .position_bias import build_position_bias, kernel_bias
+from .position_encoding import RelativePositionBias
 from .position_fire import FirePositionBias
 
 
@@ -82,7 +84,7 @@ class FlashT5Attention(nn.Module):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
-        self.num_heads, self.head_dim = config.num_heads, config.d_kv
+        self.num_heads, self.head_dim, self.scale = config.num_heads, config.d_kv, config.softmax_scale
         inner_dim = config.num_heads * config.d_kv
         self.Wq = nn.Linear(config.d_model, inner_dim, bias=False)
         self.Wk = nn.Linear(config.d_model, inner_dim, bias=False)
@@ -117,21 +119,21 @@ class FlashT5Attention(nn.Module):
             `[H]`, else `[B|1, H|1, Lq|1, Lk]`, or None; weights `[B, H, Lq, Lk]` or None.
         """
         query, key, value = self._project(hidden_states, mask, key_value_states, past_key_values)
-        config, weights = self.config, None
-        dropout = config.dropout_rate if self.training else 0.0
+        weights = None
+        dropout = self.config.dropout_rate if self.training else 0.0
         if mask.layout is not None:
             if bias is None:
                 bias = self._kernel_operand(mask, query.dtype)
-            its_bias, scale = kernel_bias(config, bias, mask.causal), config.softmax_scale
-            if config._attn_implementation == FLASH_ATTENTION:
-                output = flash_attention(query, key, value, its_bias, mask.layout, mask.causal, scale, dropout)
+            its_bias = kernel_bias(self.config, bias, mask.causal)
+            if self.config._attn_implementation == FLASH_ATTENTION:
+                output = flash_attention(query, key, value, its_bias, mask.layout, mask.causal, self.scale, dropout)
             else:
-                output = fused_attention(query, key, value, its_bias, mask, scale, dropout)
+                output = fused_attention(query, key, value, its_bias, mask, self.scale, dropout)
         else:
             if bias is None:
                 bias = mask.additive(self._dense_bias(mask), query.dtype)
-            attention = ATTENTION_FUNCTIONS["eager" if output_attentions else config._attn_implementation]
-            output, weights = attention(query, key, value, bias, config.softmax_scale, dropout)
+            attention = ATTENTION_FUNCTIONS["eager" if output_attentions else mask.implementation]
+            output, weights = attention(query, key, value, bias, self.scale, dropout)
             if mask.visible is not None:
                 output = torch.where(mask.visible.to(output.device), output, 0.0)
         output = self.o(output.transpose(1, 2).flatten(2))
@@ -143,6 +145,10 @@ class FlashT5Attention(nn.Module):
             return None
         if isinstance(self.pe_encoding, FirePositionBias):
             return self.pe_encoding(*mask.places())
+        # not with a gradient, which cannot keep buckets made without, nor where what is made are no real tensors
+        plain = not (torch.is_grad_enabled() or is_watched())
+        if plain and mask.is_last_row and isinstance(self.pe_encoding, RelativePositionBias):
+            return self.pe_encoding.last_row(mask.key_length)
         return self.pe_encoding(*mask.encoded_positions())
 
     def _kernel_operand(self, mask: AttentionMask, dtype: torch.dtype) -> torch.Tensor | None:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 import torch
+from torch.nn import functional as F
 
 from .attention_layout import KernelLayout, host_may_look, packed_layout, padded_layout
 from .flash_attention import FLASH_ATTENTION, flash_serves
@@ -36,6 +37,7 @@ class AttentionMask:
             None where there are none.
         rotary: what turns queries and keys of self-attention; None without RoPE.
         dense_bias: the kernels are given the position bias as a matrix, which no packed layout takes.
+        implementation: of attention, that `prepare` was called for.
         layout: how the kernels see the batch; None where a matrix is needed. These are filled by `prepare`.
         allowed: bool `[B|1, 1, Lq|1, Lk]`, True where attention is allowed; None when it is everywhere.
         visible: bool `[B|1, 1, Lq|1, 1]`, False for queries that may attend to nothing; None when there are none.
@@ -54,6 +56,7 @@ class AttentionMask:
     drawn: torch.Tensor | None = None
     rotary: RotaryTables | None = None
     dense_bias: bool = False
+    implementation: str = field(default="sdpa", init=False)
     layout: KernelLayout | None = field(default=None, init=False)
     allowed: torch.Tensor | None = field(default=None, init=False)
     visible: torch.Tensor | None = field(default=None, init=False)
@@ -67,6 +70,13 @@ class AttentionMask:
     def key_positions(self) -> torch.Tensor:
         """int64 `[Lk]`."""
         return torch.arange(self.key_length, device=self.device)
+
+    @property
+    def is_last_row(self) -> bool:
+        """Whether the only query is a decoder's latest token, and all others are keys."""
+        if self.query_length > 1 or not self.causal or self.drawn is not None:
+            return False
+        return isinstance(self.query_offset, int) and self.query_offset == self.key_length - 1
 
     def encoded_positions(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Positions of queries and keys that their distances are measured by, int64 `[Lq]` and `[Lk]`."""
@@ -101,8 +111,12 @@ class AttentionMask:
         """Fill what `implementation` needs, and return the mask itself. Called once per stack, not by every layer.
 
         For "fat5" and flash-attn that is `layout`, if they have kernels for the device, dtype and head dimension that
-        can take this mask; otherwise, and for the other implementations, it is what `build_dense` fills.
+        can take this mask; otherwise, and for the other implementations, it is what `build_dense` fills. So it is for
+        a single query, as in decoding: its matrix is a row, and our kernels are long to launch.
         """
+        self.implementation = implementation or "sdpa"
+        if implementation == "fat5" and self.query_length == 1:
+            return self.build_dense()
         if kernels_take(implementation, self.device, dtype, head_dim):
             self.layout = self._kernel_layout(key_lengths=implementation != FLASH_ATTENTION)
         return self.build_dense() if self.layout is None else self
@@ -143,9 +157,10 @@ class AttentionMask:
     def build_dense(self) -> "AttentionMask":
         """Fill `allowed` and `visible`, and return the mask itself.
 
-        On a CPU, where it costs little to look, a mask that hides nothing is left out, and spares every layer its use.
+        Where it costs little to look (on a CPU, and in decoding, which waits for each token anyway), a mask that hides
+        nothing is left out, and spares every layer its use.
         """
-        looks = self.device.type == "cpu" and host_may_look(self.device)
+        looks = (self.device.type == "cpu" or self.query_length == 1) and host_may_look(self.device)
         allowed, key_mask = None, self.key_mask
         if looks and key_mask is not None and key_mask.all():
             key_mask = None
@@ -176,7 +191,19 @@ class AttentionMask:
             dtype: that of the queries.
         """
         bias = None if bias is None else bias.to(dtype)
-        if self.allowed is None:
+        if self.allowed is not None:
+            masked = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=self.device)
+            bias = torch.where(self.allowed, torch.zeros_like(masked) if bias is None else bias, masked)
+        if bias is None or not bias.is_cuda:
             return bias
-        masked = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=self.device)
-        return torch.where(self.allowed, torch.zeros_like(masked) if bias is None else bias, masked)
+        return begin_rows_at_16(bias)
+
+
+def begin_rows_at_16(bias: torch.Tensor) -> torch.Tensor:
+    """The same numbers, in rows that lie at multiples of 16 elements, as torch's kernels want them.
+
+    Otherwise they would copy the matrix in every layer.
+    """
+    bias = bias.contiguous()
+    length = bias.shape[-1]
+    return bias if length % 16 == 0 else F.pad(bias, (0, 16 - length % 16))[..., :length]

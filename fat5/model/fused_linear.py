@@ -32,8 +32,14 @@ def fused_linear(states: torch.Tensor | NormedSum, layers: Sequence[nn.Module]) 
     given = states.hidden_states if isinstance(states, NormedSum) else states
     if not kernels_serve(given.device) or is_transformed():
         return None
+    if len(layers) == 1:
+        pays = torch.is_grad_enabled()
+    else:
+        pays = given.shape[:-1].numel() >= sum(getattr(layer, "out_features", 0) for layer in layers)
+    if not pays:  # soon told, which every layer asks in every step of decoding
+        return None
     weights = plain_weights(layers, given.device)
-    if not weights or (len(weights) > 1 and given.shape[:-1].numel() < sum(weight.shape[0] for weight in weights)):
+    if not weights:
         return None
     if isinstance(states, NormedSum):
         if is_untouched(states.norm, FlashT5LayerNorm) and states.may_wait(weights[0].dtype):

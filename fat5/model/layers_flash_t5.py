@@ -54,8 +54,10 @@ class FlashT5DenseGatedAct(nn.Module):
 
     def forward(self, states: torch.Tensor, dropout_p: float = 0.0) -> torch.Tensor:
         """`[..., D]` to `[..., F]`."""
-        # not in training, where reentrant checkpointing runs a layer without gradients and then once more with them
-        if not self.training and self.act_name in ACTIVATIONS and gated_linear_serves(states):
+        # not in training, where reentrant checkpointing runs a layer without gradients and then once more with them,
+        # nor in a step of decoding, where torch's two products and activation are sooner launched
+        together = not self.training and states.shape[-2] > 1 and self.act_name in ACTIVATIONS
+        if together and gated_linear_serves(states):
             weights = plain_weights((self.wi_0, self.wi_1), states.device)
             if weights is not None and weights[0].dtype == states.dtype:
                 return gated_linear(states, weights[0], weights[1], self.act_name)

@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from .ops_attention_table import line_of_table as line_of_table
     from .ops_cross_entropy import cross_entropy as cross_entropy
     from .ops_cross_entropy_kernels import launch_loss as launch_loss
+    from .ops_device import multiprocessors as multiprocessors
     from .ops_dropout_tile import keep_tile as keep_tile
     from .ops_gated_act import gated_act as gated_act
     from .ops_gated_act_kernels import activate as activate
@@ -264,6 +265,15 @@ class FlashT5ForConditionalGeneration(FlashT5EncoderDecoder, GenerationMixin):
         inputs = prepare(self, *args, **kwargs)
         inputs.pop("cache_position", None)  # transformers 4 passes it; the cache knows
         return inputs
+
+    @staticmethod
+    def _reorder_cache(past_key_values: EncoderDecoderCache, beam_idx: torch.LongTensor) -> EncoderDecoderCache:
+        """Let each beam go on from what another one has decoded. `beam_idx`: int64 `[B * beams]`, within each example.
+
+        The keys and values of the encoder stay: the beams of an example all have the same.
+        """
+        past_key_values.self_attention_cache.reorder_cache(beam_idx)
+        return past_key_values
 
     @staticmethod
     def create_masks_for_generate(

@@ -1,5 +1,6 @@
 """Attention with T5's position bias at the cost of attention without it: the public function and its operators."""
 
+import functools
 import os
 from collections.abc import Callable
 
@@ -43,6 +44,7 @@ def kernels_serve(device: torch.device) -> bool:
 
 
 @torch.compiler.assume_constant_result  # a compiled model is compiled for one device
+@functools.lru_cache
 def _is_supported(device: torch.device) -> bool:
     return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
 

@@ -21,9 +21,9 @@ from .ops_attention_backward_hopper_launch import (
 from .ops_attention_backward_keys import backward_keys_kernel
 from .ops_attention_backward_queries import backward_queries_kernel, delta_kernel, dq_store_kernel
 from .ops_attention_bias_grad import dense_gradient_kernel, near_tiles_kernel
-from .ops_attention_bias_line import line_gradient, multiprocessors, near_offsets, padded_line, segment_of_blocks
-from .ops_attention_forward import compute_capability
+from .ops_attention_bias_line import line_gradient, near_offsets, padded_line, segment_of_blocks
 from .ops_attention_problem import addressable, check_segments
+from .ops_device import compute_capability, multiprocessors
 
 if TYPE_CHECKING:
     from .ops_attention_bias import BiasArgs

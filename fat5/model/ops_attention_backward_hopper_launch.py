@@ -18,12 +18,12 @@ from .ops_attention_bias_grad_hopper import near_sums_kernel
 from .ops_attention_bias_line import (
     line_gradient,
     line_gradient_of_sums,
-    multiprocessors,
     near_offsets,
     padded_line,
     segment_of_blocks,
 )
 from .ops_attention_diagonals_hopper import FOLDED, PLACES
+from .ops_device import multiprocessors
 
 NONE, T5 = range(2)
 LONGEST = 1024  # keys up to which the fused kernel sums the near tiles as well; measured on an H200

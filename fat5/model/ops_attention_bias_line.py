@@ -53,11 +53,6 @@ def segment_of_blocks(cu: torch.Tensor, rows: int, block: int) -> tuple[int, tor
     return index.numel(), torch.searchsorted(starts, index, right=True, out_int32=True) - 1
 
 
-def multiprocessors(x: torch.Tensor) -> int:
-    """Of the tensor's GPU; 1 on the CPU (Triton's interpreter)."""
-    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
-
-
 def line_gradient(
     tiles: torch.Tensor,
     far: torch.Tensor,

@@ -16,6 +16,7 @@ from .ops_attention_forward_sm90 import TensorDescriptor as GluonDescriptor
 from .ops_attention_forward_sm90 import forward_sm90_kernel, shared_layout
 from .ops_attention_problem import Problem, addressable, check_segments
 from .ops_attention_strips import expand_strips, strip_origin
+from .ops_device import compute_capability, multiprocessors
 
 L2_BYTES = 24 << 20  # keys and values that may be in use at a time
 
@@ -77,7 +78,7 @@ def launch_forward(
         tiles = blocks * heads * segments
         bundle = max(1, L2_BYTES // (problem.max_seqlen_k * head_dim * q.element_size() * 2))
         unused = lse2  # where a pointer is not read
-        programs = min(tiles, torch.cuda.get_device_properties(q.device).multi_processor_count)
+        programs = min(tiles, multiprocessors(q))
         forward_sm90_kernel[(programs,)](
             desc_q, desc_k, desc_v, out, lse2, *(unused if x is None else x for x in (bias.line, strips, cu_q, cu_k,
             lengths_k)),
@@ -108,14 +109,6 @@ def launch_forward(
         maxnreg=config.max_registers,
     )  # fmt: skip
     return out, lse2
-
-
-def compute_capability(x: torch.Tensor) -> int:
-    """90 for sm_90; 0 for a tensor on the CPU (Triton's interpreter)."""
-    if not x.is_cuda:
-        return 0
-    major, minor = torch.cuda.get_device_capability(x.device)
-    return 10 * major + minor
 
 
 def head_rows(x: torch.Tensor) -> tuple[list[int], int, int, int] | None:

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from .ops_attention import kernels_serve
 from .ops_attention_checks import DTYPES
-from .ops_operator import is_transformed
+from .ops_operator import is_transformed, on_its_device
 
 try:
     import triton  # noqa: F401  (named here so that the loader of remote code sees a guarded import)
@@ -127,6 +127,7 @@ def row_shapes(like: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 @torch.library.custom_op("fat5::cross_entropy_forward", mutates_args=())
+@on_its_device
 def cross_entropy_forward(
     logits: torch.Tensor, labels: torch.Tensor, ignore_index: int, z_loss: float, smoothing: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -143,6 +144,7 @@ def _forward_shapes(logits, *options):  # type: ignore[no-untyped-def]  # as lon
 
 
 @torch.library.custom_op("fat5::cross_entropy_backward", mutates_args=())
+@on_its_device
 def cross_entropy_backward(
     drow: torch.Tensor,
     logits: torch.Tensor,

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from .ops_attention import kernels_serve
-from .ops_attention_forward import compute_capability
+from .ops_device import compute_capability
 from .ops_gated_act import ACTIVATIONS, reference_gated_act
 from .ops_operator import is_transformed, operator
 

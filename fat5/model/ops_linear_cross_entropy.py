@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from .ops_attention import kernels_serve
 from .ops_attention_checks import DTYPES
 from .ops_cross_entropy import CrossEntropy, check_options, new_rows, reduce, reference_rows, row_shapes
-from .ops_operator import is_transformed
+from .ops_operator import is_transformed, on_its_device
 
 try:
     import triton  # noqa: F401  (named here so that the loader of remote code sees a guarded import)
@@ -114,6 +114,7 @@ def _stored_factor(dtype: torch.dtype) -> float:
 
 
 @torch.library.custom_op("fat5::linear_cross_entropy_sum", mutates_args=())
+@on_its_device
 def linear_cross_entropy_sum(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -184,6 +185,7 @@ linear_cross_entropy_sum.register_autograd(_scale_gradients, setup_context=_save
 
 
 @torch.library.custom_op("fat5::linear_cross_entropy_rows", mutates_args=())
+@on_its_device
 def linear_cross_entropy_rows(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -207,6 +209,7 @@ def _rows_shapes(hidden, *options):  # type: ignore[no-untyped-def]  # as long a
 
 
 @torch.library.custom_op("fat5::linear_cross_entropy_rows_backward", mutates_args=())
+@on_its_device
 def linear_cross_entropy_rows_backward(
     drow: torch.Tensor,
     hidden: torch.Tensor,

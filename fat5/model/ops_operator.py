@@ -5,12 +5,15 @@ gradient also costs more Python than the launch of its kernel, and a training st
 code calls the same functions directly, under an `autograd.Function`.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
+
+FEW_ELEMENTS = 1 << 18  # 64 rows of 4096: a pass over them is a microsecond
 
 
 class Operator:
@@ -22,7 +25,7 @@ class Operator:
     """
 
     def __init__(self, name: str, function: Callable[..., Any]) -> None:
-        self.function = function
+        self.function = function = on_its_device(function)
         self.definition = torch.library.custom_op(name, function, mutates_args=())
         namespace, _, short = name.partition("::")
         self.registered = getattr(getattr(torch.ops, namespace), short)
@@ -55,12 +58,39 @@ class Operator:
         """Call it, through the dispatcher only where somebody watches there."""
         if is_watched():
             return self.registered(*inputs)
-        return self.function(*inputs) if self.direct is None else self.direct.apply(*inputs)
+        if self.direct is None or not torch.is_grad_enabled():
+            return self.function(*inputs)
+        return self.direct.apply(*inputs)
+
+
+def on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function of tensors on one device, run with that as the current one, on which Triton launches kernels."""
+
+    @functools.wraps(function)
+    def run(*inputs: Any, **options: Any) -> Any:
+        device = next(x.device for x in (*inputs, *options.values()) if isinstance(x, torch.Tensor))
+        if device.type != "cuda" or device.index == torch.cuda.current_device():
+            return function(*inputs, **options)
+        with torch.cuda.device(device):
+            return function(*inputs, **options)
+
+    return run
 
 
 def operator(name: str) -> Callable[[Callable[..., Any]], Operator]:
     """Decorator that makes an `Operator`."""
     return lambda function: Operator(name, function)
+
+
+def is_launch_bound(x: torch.Tensor) -> bool:
+    """Whether work on `x` takes longer to launch than to run, as it does for the few tokens of a decoding step.
+
+    Launching one of Triton's kernels takes as long as launching three or four of torch's, which then serve better: on a
+    GPU, without gradients, and not in a graph, which launches all alike.
+    """
+    if not x.is_cuda or x.numel() > FEW_ELEMENTS or torch.is_grad_enabled():
+        return False
+    return not (is_watched() or is_transformed() or torch.cuda.is_current_stream_capturing())
 
 
 def is_watched() -> bool:

@@ -1,10 +1,11 @@
 """RMSNorm of a residual sum, in one pass: the public function, its reference and its operator."""
 
 import torch
+from torch.nn import functional as F
 
 from .ops_attention import kernels_serve
 from .ops_attention_checks import DTYPES
-from .ops_operator import is_transformed, operator
+from .ops_operator import is_launch_bound, is_transformed, operator
 from .ops_philox import draw_seed, elementwise_dropout
 
 try:
@@ -48,8 +49,10 @@ def add_rms_norm(
 
     Source: Zhang & Sennrich 2019 (arXiv:1910.07467).
     """
-    _check(hidden_states, branch, weight, dropout_p)
     out_dtype = weight.dtype if out_dtype is None else out_dtype
+    if dropout_p == 0 and is_launch_bound(hidden_states):  # torch's operations look at shapes themselves
+        return _add_rms_norm_of_few(hidden_states, branch, weight, eps, out_dtype)
+    _check(hidden_states, branch, weight, dropout_p)
     if branch is None:
         dropout_p = 0.0
     if seed is None:
@@ -79,18 +82,42 @@ def reference_add_rms_norm(
     out_dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same in plain torch, rounded where stock T5 rounds. Differentiable by autograd."""
-    if branch is not None:
-        if dropout_p > 0 and seed is not None:
-            branch = elementwise_dropout(branch, dropout_p, seed)
-        hidden_states = hidden_states + branch
-        if hidden_states.dtype == torch.float16:
-            largest = torch.finfo(torch.float16).max
-            hidden_states = hidden_states.clamp(min=-largest, max=largest)
-    wide = torch.promote_types(hidden_states.dtype, torch.float32)
-    normed = hidden_states * torch.rsqrt(hidden_states.to(wide).square().mean(-1, keepdim=True) + eps)
+    if branch is not None and dropout_p > 0 and seed is not None:
+        branch = elementwise_dropout(branch, dropout_p, seed)
+    hidden_states = _add(hidden_states, branch)
+    normed = _normalise(hidden_states, eps)
     if out_dtype in (torch.float16, torch.bfloat16):
         normed = normed.to(out_dtype)
     return (weight.to(normed.dtype) * normed).to(out_dtype), hidden_states
+
+
+def _add_rms_norm_of_few(
+    hidden_states: torch.Tensor,
+    branch: torch.Tensor | None,
+    weight: torch.Tensor,
+    eps: float,
+    out_dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same in three launches of torch's own, rounded once, as the kernel does. Without gradients."""
+    total = _add(hidden_states, branch)
+    return torch.mul(_normalise(total, eps), weight, out=torch.empty_like(total, dtype=out_dtype)), total
+
+
+def _add(hidden_states: torch.Tensor, branch: torch.Tensor | None) -> torch.Tensor:
+    """The sum, within fp16's range if it is fp16."""
+    if branch is None:
+        return hidden_states
+    hidden_states = hidden_states + branch
+    if hidden_states.dtype == torch.float16:
+        largest = torch.finfo(torch.float16).max
+        hidden_states = hidden_states.clamp(min=-largest, max=largest)
+    return hidden_states
+
+
+def _normalise(hidden_states: torch.Tensor, eps: float) -> torch.Tensor:
+    """`x / rms(x)` in fp32 or wider."""
+    wide = torch.promote_types(hidden_states.dtype, torch.float32)
+    return F.rms_norm(hidden_states.to(wide), hidden_states.shape[-1:], eps=eps)
 
 
 def _check(hidden: torch.Tensor, branch: torch.Tensor | None, weight: torch.Tensor, dropout_p: float) -> None:

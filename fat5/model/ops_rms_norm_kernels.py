@@ -9,6 +9,7 @@ try:
 except ImportError as error:  # a guarded import is what the loader of remote code asks for
     raise ImportError("the RMSNorm kernels need Triton") from error
 
+from .ops_device import multiprocessors
 from .ops_dropout_tile import keep_tile
 from .ops_philox import dropped_steps, keep_scale
 
@@ -126,7 +127,7 @@ def launch_forward(
         total = torch.empty(hidden.shape, dtype=torch.promote_types(hidden.dtype, branch.dtype), device=hidden.device)
     rstd = torch.empty(rows, dtype=torch.float32, device=hidden.device)
     if rows:
-        block, warps, programs = launch_shape(width, rows, hidden.device, 512)
+        block, warps, programs = launch_shape(width, rows, hidden, 512)
         forward_kernel[(programs,)](
             hidden, branch, weight, seed, out, total, rstd, rows, eps, dropped_steps(dropout_p),
             keep_scale(dropout_p), width, block, branch is not None, dropout_p > 0, num_warps=warps,
@@ -170,7 +171,7 @@ def launch_backward(
     out = torch.empty(total.shape if recompute else 0, dtype=out_dtype or weight.dtype, device=device)
     if not rows:
         return dhidden, dbranch, torch.zeros_like(weight), out
-    block, warps, programs = launch_shape(width, rows, device, 256 if width <= 1024 else 1024)
+    block, warps, programs = launch_shape(width, rows, total, 256 if width <= 1024 else 1024)
     partial = torch.empty((programs, width), dtype=torch.float32, device=device)
     clamped = branch_dtype is not None and total.dtype == torch.float16
     backward_kernel[(programs,)](
@@ -183,11 +184,8 @@ def launch_backward(
     return dhidden, dbranch, dweight, out
 
 
-def launch_shape(width: int, rows: int, device: torch.device, warp_width: int) -> tuple[int, int, int]:
+def launch_shape(width: int, rows: int, x: torch.Tensor, warp_width: int) -> tuple[int, int, int]:
     """Width of a block, warps of a program, each with `warp_width` elements, and programs, a few a multiprocessor."""
     block = max(triton.next_power_of_2(width), 32)
     warps = min(max(block // warp_width, 1), 16)
-    multiprocessors = 1
-    if device.type == "cuda":
-        multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-    return block, warps, min(rows, multiprocessors * max(WARPS_PER_MULTIPROCESSOR // warps, 1))
+    return block, warps, min(rows, multiprocessors(x) * max(WARPS_PER_MULTIPROCESSOR // warps, 1))

@@ -1,6 +1,7 @@
 """T5's relative position bias: distances fall into buckets, and each head learns one bias per bucket."""
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import nn
@@ -40,6 +41,12 @@ def relative_position_bucket(
     return first + torch.where(distance < exact, distance, far)
 
 
+@lru_cache(maxsize=64)
+def buckets_behind(length: int, num_buckets: int, max_distance: int, device: torch.device) -> torch.Tensor:
+    """Buckets int64 `[length]` of the distances `1 - length` to 0, in a causal decoder."""
+    return relative_position_bucket(torch.arange(1 - length, 1, device=device), False, num_buckets, max_distance)
+
+
 class RelativePositionBias(nn.Module):
     """The table of biases, one per bucket and head (`relative_attention_bias`, `[num_buckets, num_heads]`)."""
 
@@ -55,6 +62,16 @@ class RelativePositionBias(nn.Module):
         distances = key_positions[None, :] - query_positions[:, None]  # [Lq, Lk]
         buckets = relative_position_bucket(distances, self.bidirectional, self.num_buckets, self.max_distance)
         return self.relative_attention_bias(buckets).permute(2, 0, 1).unsqueeze(0)
+
+    def last_row(self, length: int) -> torch.Tensor:
+        """Dense bias `[1, num_heads, 1, length]` of the last of `length` positions of a causal decoder.
+
+        Every step of decoding asks for one. The buckets of the longest so far hold those of the shorter ones.
+        """
+        device = self.relative_attention_bias.weight.device
+        longest = max(64, 1 << (length - 1).bit_length())
+        buckets = buckets_behind(longest, self.num_buckets, self.max_distance, device)[longest - length :]
+        return self.relative_attention_bias(buckets).t()[None, :, None]
 
     def table(self) -> torch.Tensor:
         """The table `[num_buckets, num_heads]`, looked up, as the embedding may be wrapped or offloaded."""

@@ -89,12 +89,13 @@ class FlashT5PreTrainedModel(PreTrainedModel):
         """Save as in transformers, and always with the code files that the saved `auto_map` names.
 
         Into the folder above a checkpoint of `Trainer` as well: with `push_to_hub` it publishes that one after each
-        checkpoint, and copies weights and configuration there, but no code.
+        checkpoint, and copies weights and configuration there, but no code. `Trainer`'s saves are told from those of
+        a user, whose folders are left alone, by their always giving `state_dict`, be it None.
         """
         if kwargs.get("is_main_process", args[0] if args else True):
             copy_runtime_files(save_directory)
             folder = Path(save_directory).absolute()
-            if re.fullmatch(r"checkpoint-\d+", folder.name):
+            if "state_dict" in kwargs and re.fullmatch(r"checkpoint-\d+", folder.name):
                 copy_runtime_files(folder.parent)
         super().save_pretrained(save_directory, *args, **kwargs)
 

@@ -4,6 +4,10 @@ import os
 import shutil
 from pathlib import Path
 
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
 RUNTIME_FILES = (
     "configuration_flash_t5.py",
     "modeling_flash_t5.py",
@@ -47,6 +51,7 @@ RUNTIME_FILES = (
     "ops_attention_table.py",
     "ops_cross_entropy.py",
     "ops_cross_entropy_kernels.py",
+    "ops_device.py",
     "ops_dropout_tile.py",
     "ops_gated_act.py",
     "ops_gated_act_kernels.py",
@@ -73,13 +78,19 @@ def copy_runtime_files(folder: str | os.PathLike[str]) -> None:
     """Copy the code files into `folder`, which is made if it does not exist.
 
     They come from the folder of this very file: the installed package, or the place where `transformers` keeps the
-    code of a loaded repository.
+    code of a loaded repository. Somebody else's file of such a name, as `attention.py` is one, is kept beside it.
 
     Args:
         folder: where a model is being saved.
     """
     source, target = Path(__file__).resolve().parent, Path(folder)
     target.mkdir(parents=True, exist_ok=True)
+    saved_before = (target / RUNTIME_FILES[0]).exists()
     for name in RUNTIME_FILES:
-        if not (target / name).exists() or not (target / name).samefile(source / name):
-            shutil.copyfile(source / name, target / name)
+        path = target / name
+        if path.exists() and path.samefile(source / name):
+            continue
+        if path.exists() and not saved_before and path.read_bytes() != (source / name).read_bytes():
+            kept = path.replace(path.with_name(f"{name}.before_flash_t5"))
+            logger.warning(f"{path} is not of this model, whose code has a file of that name; it is {kept} now")
+        shutil.copyfile(source / name, path)

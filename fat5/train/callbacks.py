@@ -1,6 +1,7 @@
 """What is seen and kept while a run goes on: the progress bar and the log."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -56,13 +57,18 @@ class JsonLines(TrainerCallback):
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            lines = (json.dumps(entry) + "\n" for entry in state.log_history)
-            self.path.write_text("".join(lines), encoding="utf-8")
+            self.path.write_text("".join(map(_line, state.log_history)), encoding="utf-8")
 
     def on_log(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(state.log_history[-1]) + "\n")
+                file.write(_line(state.log_history[-1]))
+
+
+def _line(entry: dict[str, Any]) -> str:
+    """Write an entry; JSON has no number for what is none, such as the gradient's norm in a step that was skipped."""
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
+    return json.dumps(finite, allow_nan=False) + "\n"
 
 
 class LastStep(TrainerCallback):

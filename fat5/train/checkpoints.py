@@ -3,9 +3,10 @@
 import json
 import shutil
 import sys
+import zipfile
 from pathlib import Path
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from fat5 import folders
@@ -34,7 +35,24 @@ def defect(path: Path) -> str | None:
             return f"{name} is missing"
         if (found := (path / name).stat().st_size) != size:
             return f"{name} has {found} bytes where {size} were written"
+        if not _opens(path / name):
+            return f"{name} is damaged"
     return None
+
+
+def _opens(path: Path) -> bool:
+    """Look at a file's form, without reading tensors: a disk that fails can leave other bytes behind."""
+    try:
+        if path.suffix == ".json":
+            json.loads(path.read_text(encoding="utf-8"))
+        elif path.suffix == ".safetensors":
+            with safe_open(path, "pt"):
+                pass
+        elif path.suffix in (".pt", ".pth"):  # of torch.save
+            return zipfile.is_zipfile(path)
+    except (ValueError, SafetensorError):
+        return False
+    return True
 
 
 def seal(staged: Path, final: Path) -> None:

@@ -77,10 +77,14 @@ def pretrain(recipe: Path, changes: tuple[str, ...], resume: str, dry_run: bool)
     except Stopped as stopped:
         click.echo(str(stopped), err=True)
         sys.exit(STOPPED)
-    except (RecipeError, TrainingError, OSError) as error:
+    except (RecipeError, TrainingError) as error:
         raise click.ClickException(str(error)) from error
+    except OSError as error:
+        where = "" if error.filename else f", in {read.output.folder} or the cache of tokenised text"
+        raise click.ClickException(f"{error}{where}") from error
     except torch.OutOfMemoryError as error:
         advice = "lower training.micro_batch_size (the result stays the same) or set training.gradient_checkpointing"
+        advice += "; while held-out text is measured, lower evaluation.batch_size"
         raise click.ClickException(f"the GPU has too little memory: {advice}") from error
     if first:
         folder = RunFolder(Path(read.output.folder))

@@ -69,6 +69,12 @@ def load_data(
     batches: BatchDataset | StreamBatches
     try:
         mixture = open_mixture(options, recipe.mixture, tokenizer, embedding_rows)
+        if mixture.ids.vocabulary > embedding_rows:
+            raise ValueError(
+                f"the tokenizer in model.path {recipe.model.path} has {mixture.ids.vocabulary} ids, and the model "
+                f"{embedding_rows} embedding rows: it is another model's, or was given tokens that the model was not; "
+                "`fat5 train-tokenizer --extend` gives both"
+            )
         if options.train[0].streaming:
             batches = streamed_batches(options, mixture, tokenizer, **sizes)
             window = batches.window

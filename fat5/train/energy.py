@@ -17,6 +17,13 @@ class Energy(TrainerCallback):
         self.kwh: float | None = None
         self._tracker: Any = None
 
+    @property
+    def fact(self) -> str:
+        """Say what was measured."""
+        if self.kwh is None:
+            return "not measured (codecarbon is not installed)"
+        return f"{self.kwh:.4g} kWh of the first machine, since the run's last start"
+
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if state.is_local_process_zero and find_spec("codecarbon") is not None:
             from codecarbon import EmissionsTracker

@@ -18,6 +18,11 @@ class RunFolder:
         return self.root / "recipe.yaml"
 
     @property
+    def corpora(self) -> Path:
+        """What the training text is, so that a run cannot go on with another."""
+        return self.root / "corpora.json"
+
+    @property
     def log(self) -> Path:
         """One JSON line for each logged step and each evaluation."""
         return self.root / "log.jsonl"
@@ -41,6 +46,11 @@ class RunFolder:
     def bad_steps(self) -> Path:
         """One JSON line for each step with which something was wrong, and its examples."""
         return self.root / "bad_steps.jsonl"
+
+    @property
+    def claim(self) -> Path:
+        """Locked by the run that writes here."""
+        return self.root / ".lock"
 
     @property
     def checkpoints(self) -> Path:

@@ -13,6 +13,7 @@ from torch import distributed as dist
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
+from fat5.folders import write_file
 from fat5.train.errors import TrainingError
 from fat5.train.options import GuardOptions
 from fat5.train.progress import Progress
@@ -72,9 +73,8 @@ class StepGuard(TrainerCallback):
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Cut off what was written down after the checkpoint that the run continues from."""
         if state.is_world_process_zero and self.path.is_file():
-            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
-            self.path.write_text("".join(kept), encoding="utf-8")
+            lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+            write_file(self.path, "".join(line for line in lines if _step(line) <= state.global_step).encode())
 
     def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         if self.stopped_by is not None:
@@ -130,3 +130,11 @@ class StepGuard(TrainerCallback):
             f"changed, and the step's examples are in {self.path}. Lower training.learning_rate, lengthen "
             "training.warmup_steps, use training.precision=fp32 or, if the text is to blame, guard.on_bad_step=skip"
         )
+
+
+def _step(line: str) -> float:
+    """Read the step of a line; that of one which a killed run has only begun is behind all others."""
+    try:
+        return int(json.loads(line)["step"])
+    except ValueError:
+        return math.inf

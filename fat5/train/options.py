@@ -79,11 +79,14 @@ class TrainingOptions:
             f"batch_size {self.batch_size} must be a multiple of micro_batch_size {self.micro_batch_size}",
         )
         _require(self.learning_rate > 0, "learning_rate must be above 0")
+        for name in ("adam_beta1", "adam_beta2"):
+            _require(0 <= getattr(self, name) < 1, f"{name} must be from 0 up to, not including, 1")
+        _require(self.adam_epsilon > 0, "adam_epsilon must be above 0")
         _require(0 <= self.warmup_steps <= self.steps, "warmup_steps must be from 0 to steps")
         _require(self.max_grad_norm >= 0, "max_grad_norm must be 0 (no clipping) or more")
         _require(self.weight_decay >= 0, "weight_decay must be 0 or more")
         _require(self.loader_workers >= 0, "loader_workers must be 0 or more")
-        _require(self.seed >= 0, "seed must be 0 or more")
+        _require(0 <= self.seed < 2**32, "seed must be from 0 to 4294967295")
 
 
 @dataclass(frozen=True)

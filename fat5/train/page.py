@@ -87,11 +87,15 @@ def _before_and_after(log: Log) -> str:
         cells = [name or "all denoisers"]
         for i in (0, -1):
             error = f" ± {errors[i]:.4f}" if errors[i] else ""
-            cells += [f"{values[i]:.4f}{error}", f"{math.exp(values[i]):.2f}", f"{accuracies[name][1][i]:.1%}"]
+            cells += [f"{values[i]:.4f}{error}", f"{_perplexity(values[i]):.2f}", f"{accuracies[name][1][i]:.1%}"]
         rows.append(cells)
     what = ["loss", "perplexity", "accuracy"]
     header = ["denoiser", *(f"{w} {when}" for when in ("before", "after") for w in what)]
     return _table(header, rows) + "<p>Loss in nats per target token, with its standard error over the examples.</p>"
+
+
+def _perplexity(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf  # beyond what a float holds
 
 
 def _throughput(log: Log) -> str:
@@ -101,6 +105,7 @@ def _throughput(log: Log) -> str:
         "mfu": ("MFU, of the device's dense bf16 peak", "{:.1%}"),
         "padding": ("padding, of the computed tokens", "{:.1%}"),
         "data_wait": ("waiting for data, of the time", "{:.2%}"),
+        "peak_memory_gib": ("most GPU memory that tensors took, GiB", "{:.1f}"),
     }
     rows = []
     for key, (name, form) in names.items():

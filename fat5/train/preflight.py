@@ -21,6 +21,7 @@ from fat5.data.show import describe_examples
 from fat5.model.modeling_flash_t5 import FlashT5ForConditionalGeneration
 from fat5.train import checkpoints
 from fat5.train.arguments import training_arguments
+from fat5.train.continuation import require_same_run
 from fat5.train.data import RunData, load_data
 from fat5.train.errors import TrainingError
 from fat5.train.flops import count
@@ -48,6 +49,8 @@ def preflight(recipe: Recipe) -> Iterator[str]:
         TrainingError: something is not in order; the message says what to change.
     """
     folder = RunFolder(Path(recipe.output.folder))
+    if (last := checkpoints.newest(folder.checkpoints)) is not None:
+        require_same_run(recipe, folder, last)
     args = training_arguments(recipe, folder, fresh=True)
     model, tokenizer = load_or_make(recipe)
     parameters = sum(p.numel() for p in model.parameters())
@@ -61,7 +64,7 @@ def preflight(recipe: Recipe) -> Iterator[str]:
         yield _memory(recipe, args, parameters)
         yield _longest_batch(recipe, args, data, model)
         yield from describe_examples(data.mixture, _sampled_batches(data).gather(0), recipe.training.seed, tokenizer, 1)
-    if (last := checkpoints.newest(folder.checkpoints)) is not None:
+    if last is not None:
         yield f"\nthe run would continue from {last}"
 
 
@@ -129,6 +132,8 @@ def _optimizer_bytes(recipe: Recipe) -> int:
 def _disk(recipe: Recipe, folder: RunFolder, parameters: int) -> str:
     weights = parameters * _WEIGHTS[recipe.training.precision]
     checkpoint = weights + parameters * _optimizer_bytes(recipe)
+    if recipe.training.parallel == "fsdp":
+        checkpoint += weights  # as a whole, and in parts beside the optimizer's state
     # One more than are kept, while a new one is being written; and the trained model.
     needed = (recipe.output.keep_checkpoints + 1) * checkpoint + weights
     there = next(path for path in (folder.root.absolute(), *folder.root.absolute().parents) if path.is_dir())

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from yaml.constructor import ConstructorError
 
 from fat5.data.options import DataOptions, MixtureOptions
 from fat5.train.options import EvaluationOptions, GuardOptions, ModelOptions, OutputOptions, TrainingOptions
@@ -34,6 +35,19 @@ class Recipe:
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice in a section, of which YAML would take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise ConstructorError(None, None, f"{key.value} stands there twice", key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def load_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
     """Read a recipe.
 
@@ -46,7 +60,7 @@ def load_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
             a value that its field does not take.
     """
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"cannot read the recipe {path}: {error}") from error
     except yaml.YAMLError as error:
@@ -90,6 +104,7 @@ def recipe_text(recipe: Recipe) -> str:
 # What may change between a run and its continuation: the rest would make it another run. Steps and options of the
 # schedule may as long as the learning rates of the steps already done stay the same, which is checked apart.
 _MAY_CHANGE = (
+    "data.cache",
     "training.steps",
     "training.schedule_options",
     "training.device",

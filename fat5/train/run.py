@@ -1,6 +1,8 @@
 """A run of `fat5 pretrain`: from a recipe to a trained FAT5 repo, with its log and its pictures."""
 
+import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -8,18 +10,20 @@ import transformers
 from transformers import TrainingArguments
 
 from fat5.data.documents import DataError
+from fat5.folders import write_file
 from fat5.train import checkpoints, sharding
 from fat5.train.arguments import training_arguments
 from fat5.train.callbacks import JsonLines, LastStep, ProgressBar
+from fat5.train.continuation import Claim, require_agreement, require_same_run
+from fat5.train.corpora import pin_corpora, require_same_text
 from fat5.train.data import load_data
 from fat5.train.energy import Energy
 from fat5.train.errors import Stopped, TrainingError
 from fat5.train.folder import RunFolder
 from fat5.train.guard import StepGuard
 from fat5.train.load import add_rows, load_or_make, own_dropout
-from fat5.train.optimization import require_same_rates
 from fat5.train.progress import Progress
-from fat5.train.recipe import Recipe, differences, load_recipe, recipe_text
+from fat5.train.recipe import Recipe, recipe_text
 from fat5.train.report import device_name, write_report
 from fat5.train.samples import Samples
 from fat5.train.signals import StopSignals
@@ -45,26 +49,34 @@ def pretrain(recipe: Recipe, resume: str = "auto") -> list[dict[str, Any]]:
     folder = RunFolder(Path(recipe.output.folder))
     checkpoint = checkpoints.choose(resume, folder.checkpoints)
     if checkpoint is not None:
-        _require_same_run(recipe, folder, checkpoint)
+        require_same_run(recipe, folder, checkpoint)
     args = training_arguments(recipe, folder, fresh=checkpoint is None)
-    signals = StopSignals()
-    energy = Energy()
+    require_agreement(folder, checkpoint)
+    signals, energy = StopSignals(), Energy()
     try:
-        trainer = _trainer(recipe, args, folder, signals)
+        pinned = pin_corpora(recipe, folder, fresh=checkpoint is None)
+        trainer = _trainer(pinned, args, folder, signals)
+        # The run's dropout is not the model's: who fine-tunes it later gets the rate that it came with. It is read now:
+        # what the model was loaded from need not be there at the end.
+        dropout_rate = own_dropout(recipe.model)
         trainer.add_callback(energy)
-        if args.should_save:
-            folder.root.mkdir(parents=True, exist_ok=True)
-            folder.recipe.write_text(recipe_text(recipe), encoding="utf-8")
+        text = require_same_text(pinned, trainer.train_dataset, folder, fresh=checkpoint is None)
         if checkpoint is not None and isinstance(trainer, StreamTrainer):
             trainer.begin_at(checkpoint)
-        with signals:
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        with Claim(folder) if args.should_save else nullcontext():
+            if args.should_save:
+                write_file(folder.recipe, recipe_text(recipe).encode())
+                write_file(folder.corpora, json.dumps(text).encode())
+            with signals:
+                trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            step = trainer.state.global_step
+            if trainer.guard.stopped_by is not None and step < recipe.training.steps:
+                raise Stopped(trainer.guard.stopped_by, folder.checkpoint(step))
+            trainer.model.config.dropout_rate = dropout_rate
+            _finish(trainer, recipe, folder, energy)
     except DataError as error:  # found only when an example was to be built
-        raise TrainingError(str(error)) from error
-    step = trainer.state.global_step
-    if trainer.guard.stopped_by is not None and step < recipe.training.steps:
-        raise Stopped(trainer.guard.stopped_by, folder.checkpoint(step))
-    _finish(trainer, recipe, folder, energy)
+        # That of a process that prepares batches has its traceback in front.
+        raise TrainingError(str(error).rpartition("DataError: ")[2].strip()) from error
     return trainer.state.log_history
 
 
@@ -111,24 +123,8 @@ def _trainer(recipe: Recipe, args: TrainingArguments, folder: RunFolder, signals
     return trainer
 
 
-def _require_same_run(recipe: Recipe, folder: RunFolder, checkpoint: Path) -> None:
-    """Refuse to continue a run under a recipe that would have made another run of it."""
-    if not folder.recipe.is_file():
-        return
-    before = load_recipe(folder.recipe)
-    changed = differences(before, recipe)
-    if changed:
-        raise TrainingError(
-            f"{folder.root} holds a run of another recipe ({'; '.join(changed)}); "
-            "give another output.folder for a new run, or the old values to continue that one"
-        )
-    require_same_rates(before.training, recipe.training, int(checkpoint.name.rsplit("-", 1)[-1]))
-
-
 def _finish(trainer: PretrainingTrainer, recipe: Recipe, folder: RunFolder, energy: Energy) -> None:
     """Save the trained repo, whole or not at all, and the report."""
-    # The run's dropout is not the model's: who fine-tunes it later gets the rate that it came with.
-    trainer.model.config.dropout_rate = own_dropout(recipe.model)
     staged = folder.root / checkpoints.STAGING
     if trainer.args.should_save:
         shutil.rmtree(staged, ignore_errors=True)
@@ -143,7 +139,7 @@ def _finish(trainer: PretrainingTrainer, recipe: Recipe, folder: RunFolder, ener
             "processes": f"{trainer.args.world_size} ({recipe.training.parallel})",
             "parameters": f"{sum(p.numel() for p in trainer.model.parameters()):,}",
             "precision": recipe.training.precision,
-            "energy": "not measured (codecarbon is not installed)" if energy.kwh is None else f"{energy.kwh:.4g} kWh",
+            "energy": energy.fact,
         }
         write_report(recipe, folder, staged, trainer.state.log_history, facts)
         checkpoints.put_in_place(staged, folder.model)

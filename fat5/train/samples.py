@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState
 
+from fat5.folders import write_file
+
 _LOOKED_AT = 512
 _MOST_NEW = 64
 
@@ -60,7 +62,7 @@ class Samples(TrainerCallback):
             before = read_samples(self.path) if when == "after" else {}
             self.path.parent.mkdir(parents=True, exist_ok=True)
             text = json.dumps({**before, when: examples}, indent=1, ensure_ascii=False)
-            self.path.write_text(text + "\n", encoding="utf-8")
+            write_file(self.path, (text + "\n").encode())
 
     @torch.no_grad()
     def _generate(self, model: Any) -> list[dict[str, str]]:

@@ -1,10 +1,15 @@
 """Stop a run when it is asked to, at a place from which it can go on."""
 
+import os
 import signal
+import threading
 from types import FrameType, TracebackType
 
 STOPPED = 75
 """Exit status of a run that saved and stopped because of a signal: EX_TEMPFAIL, try again (sysexits.h)."""
+
+
+_NUMBERS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopSignals:
@@ -18,7 +23,7 @@ class StopSignals:
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> "StopSignals":
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in _NUMBERS:
             self._before[number] = signal.signal(number, self._note)
         return self
 
@@ -28,4 +33,27 @@ class StopSignals:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number).name
-        signal.signal(number, self._before[number])  # type: ignore[arg-type]  # what it returned itself
+        for each, handler in self._before.items():
+            signal.signal(each, handler)  # type: ignore[arg-type]  # what it returned itself
+
+
+def outlive_first(worker: int) -> None:
+    """Let a process that prepares batches live through the first signal, as the run does that it works for.
+
+    torchrun and Slurm send theirs to all of a run's processes, and a worker that ends takes the run with it, before
+    anything is saved. What the run itself sends is obeyed at once: it waits for its workers' end. A `worker_init_fn`;
+    torch has set a handler of its own by then, which ends the worker whoever it was.
+
+    Args:
+        worker: its number.
+    """
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS; a Python handler would not be told who sent a signal
+        signal.pthread_sigmask(signal.SIG_BLOCK, _NUMBERS)
+        threading.Thread(target=_heed, daemon=True).start()
+
+
+def _heed() -> None:
+    for _ in range(2):
+        if signal.sigwaitinfo(_NUMBERS).si_pid == os.getppid():
+            break
+    os._exit(0)

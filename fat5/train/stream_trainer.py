@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from fat5.data.stream import StreamBatches
 from fat5.train.errors import TrainingError
+from fat5.train.signals import outlive_first
 from fat5.train.trainer import PretrainingTrainer
 
 STATE_FILE = "stream_state.json"
@@ -57,6 +58,7 @@ class StreamTrainer(PretrainingTrainer):
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
             generator=torch.Generator(),  # else its beginning would draw from the stream that dropout uses
+            worker_init_fn=outlive_first,
         )
         return prepare_data_loader(
             loader,

@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from fat5.model.configuration_flash_t5 import FlashT5Config
 from fat5.train.flops import Counts, peak_flops, training_flops
 
-CLOCKED = ("tokens_per_second", "tflops", "mfu", "padding", "data_wait")
+CLOCKED = ("tokens_per_second", "tflops", "mfu", "padding", "data_wait", "peak_memory_gib")
 """Figures of what this process did since its last entry: they alone differ between runs otherwise the same."""
 
 
@@ -47,6 +47,8 @@ class Throughput(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._began is not None:
+            if control.should_log and self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)  # else what the optimizer has still to do would count nowhere
             self._busy += time.perf_counter() - self._began
             self._began = None
 
@@ -54,7 +56,8 @@ class Throughput(TrainerCallback):
         """Give the figures since the last time, over all processes, and start over; empty if there was no step.
 
         `tokens_per_second` (real ones, all processes), `tflops` (10^12 operations a second of one process), `mfu`
-        (the share of the device's peak), `padding` (share of computed tokens) and `data_wait` (share of the time).
+        (the share of the device's peak), `padding` (share of computed tokens), `data_wait` (share of the time) and,
+        on a GPU, `peak_memory_gib` (the most that tensors took on any of them since the run's start).
         """
         if not self._busy:
             return {}
@@ -72,5 +75,10 @@ class Throughput(TrainerCallback):
         if (peak := peak_flops(self.device)) is not None:
             figures["mfu"] = rate / peak
         figures |= {"padding": 1 - counts.tokens / counts.places, "data_wait": waited / busy}
+        if self.device.type == "cuda":
+            most = torch.tensor(torch.cuda.max_memory_allocated(self.device), device=self.device)
+            if processes > 1:
+                dist.all_reduce(most, dist.ReduceOp.MAX)
+            figures["peak_memory_gib"] = most.item() / 2**30
         self._start_over()
         return figures

@@ -21,6 +21,7 @@ from fat5.train.held_out import measure, summarise
 from fat5.train.optimization import make_schedule, own_optimizer
 from fat5.train.options import TrainingOptions
 from fat5.train.progress import Progress
+from fat5.train.signals import outlive_first
 from fat5.train.throughput import Throughput
 
 Collator = Callable[[Any], dict[str, Tensor]]
@@ -140,6 +141,7 @@ class PretrainingTrainer(Trainer):
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
             generator=torch.Generator(),  # else every evaluation would draw from the stream that dropout uses
+            worker_init_fn=outlive_first,
         )
         return self.accelerator.prepare(loader)
 

@@ -35,7 +35,7 @@ class Licence:
 def licence_of(*cards: ModelCard | None) -> Licence | None:
     """The licence of the first card that states one."""
     for card in cards:
-        if card is not None and card.data.get("license", "unknown") != "unknown":
+        if card is not None and card.data.get("license") not in (None, "", "unknown"):
             return Licence(*(card.data.get(key) for key in ("license", "license_name", "license_link")))
     return None
 
@@ -88,11 +88,7 @@ def _metadata(
 ) -> ModelCardData:
     """What was found out, under what people wrote; only what is true of the weights overrules them."""
     based = base.data.to_dict() if base is not None else {}
-    tag = based.get("pipeline_tag")
-    if ready.encoder_only:
-        tag = "feature-extraction" if tag not in ("feature-extraction", "sentence-similarity") else tag
-    elif tag in (None, "text2text-generation"):  # which the Hub has given up
-        tag = "text-generation"
+    tag = ready.task.tag(based.get("pipeline_tag"))
     licences = {"license": licence.id, "license_name": licence.name, "license_link": licence.link}
     defaults = {"language": based.get("language"), "pipeline_tag": tag}
     facts: dict[str, Any] = {"library_name": "transformers"}

@@ -11,10 +11,6 @@ import click
 from fat5convert.console import one_message, size
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from huggingface_hub import CommitOperationAdd
-
     from fat5convert.publish.card import Licence
     from fat5convert.publish.preflight import Ready
     from fat5convert.publish.push import Changes
@@ -97,7 +93,7 @@ def _push(
 ) -> None:
     from fat5convert.errors import ConvertError
     from fat5convert.publish.card import Licence
-    from fat5convert.publish.hub_errors import explained
+    from fat5convert.publish.hub_errors import NO_LOGIN, explained
     from fat5convert.publish.preflight import check
     from fat5convert.publish.push import Push
     from fat5convert.publish.remote import Remote, check_names
@@ -106,6 +102,8 @@ def _push(
     remote = Remote(repo_id, revision, from_env=from_env)
     with explained(repo_id, remote.token):
         author = "" if dry_run else remote.log_in()
+        if remote.token is None:
+            click.echo(f"{NO_LOGIN}. Without one, a private repo looks as if it were not there", err=True)
         state = remote.read()
         _check_request(repo_id, state, private, create_pr)
     click.echo(f"checking {out}, and loading it where FAT5 is not installed ...", err=True)
@@ -113,10 +111,12 @@ def _push(
     with explained(repo_id, remote.token):
         push = Push(ready, remote, Licence(licence) if licence else None, _ask_licence)
         changes = push.compare(state)
+        if changes.files[-1] in changes.additions:
+            remote.validate(changes.card)
     hidden = state.private if state.commit else private is not False
     _say_plan(out, ready, repo_id, changes, f"{'' if state.commit else 'new, '}{'private' if hidden else 'public'}")
     if dry_run:
-        _say_files(push.additions, changes)
+        _say_files(changes)
         click.echo("dry run: nothing was changed")
         return
     if changes and not yes:
@@ -164,18 +164,16 @@ def _say_plan(out: str, ready: Ready, repo_id: str, changes: Changes, kind: str)
         click.echo(f"  card: section {name!r} was edited by hand and stays as it is")
     new = size(sum(addition.upload_info.size for addition in changes.additions))
     click.echo(
-        f"{repo_id} ({kind}): {len(changes.additions)} files to upload ({new}), {changes.unchanged} there already, "
-        f"{len(changes.deletions)} to delete"
+        f"{repo_id} ({kind}): {len(changes.additions)} files to upload ({new}), "
+        f"{len(changes.files) - len(changes.additions)} there already, {len(changes.deletions)} to delete"
     )
-
-
-def _say_files(files: Sequence[CommitOperationAdd], changes: Changes) -> None:
-    """List everything with size and SHA-256, and show the card."""
-    new = {addition.path_in_repo for addition in changes.additions}
-    card = [addition for addition in changes.additions if addition not in files]
-    for file in [*files, *card]:
-        mark = "upload" if file.path_in_repo in new else "there"
-        click.echo(f"  {mark:7}{file.upload_info.size:>14,}  {file.upload_info.sha256.hex()}  {file.path_in_repo}")
     for name in changes.deletions:
         click.echo(f"  delete {name}")
+
+
+def _say_files(changes: Changes) -> None:
+    """List everything with size and SHA-256, and show the card."""
+    for file in changes.files:
+        mark = "upload" if file in changes.additions else "there"
+        click.echo(f"  {mark:7}{file.upload_info.size:>14,}  {file.upload_info.sha256.hex()}  {file.path_in_repo}")
     click.echo(f"\n{changes.card}")

@@ -59,19 +59,27 @@ class Contents:
             code: its code files.
 
         Raises:
-            ConvertError: a file that belongs to the repo is a link to somewhere else.
+            ConvertError: a file that belongs to the repo is a link to one that does not.
         """
         named = {*weights, *code, *SETTINGS_FILES, *_LICENCES, CERTIFICATE, CONVERSION, CURVE}
         modules: tuple[str, ...] = ()
         if (folder / MODULES_FILE).is_file():
             named |= {MODULES_FILE, *SENTENCE_FILES}
             modules = _MODULES
+
+        def belongs(name: str) -> bool:
+            return name in named or any(fnmatch.fnmatchcase(name, pattern) for pattern in modules)
+
         upload, left = [], {}
         for name in _files(folder, modules):
-            wanted = name in named or any(fnmatch.fnmatchcase(name, pattern) for pattern in modules)
-            outside = not (folder / name).resolve().is_relative_to(folder.resolve())
+            wanted, target = belongs(name), (folder / name).resolve()
+            outside = not target.is_relative_to(folder.resolve())
             if wanted and outside:
                 raise ConvertError(f"{folder / name}: a link that leads out of the folder; put the file itself there")
+            if wanted and not belongs(inner := target.relative_to(folder.resolve()).as_posix()):
+                raise ConvertError(
+                    f"{folder / name}: a link to {inner}, which is not published; put the file itself there"
+                )
             if wanted and (folder / name).is_file():
                 upload.append(name)
             elif name != CARD:

@@ -93,6 +93,8 @@ def _explain(repo_id: str, error: Exception) -> str:
 
 
 def _is_full(status: int | None, said: str) -> bool:
+    if status == 429:  # whose text has a quota as well: of requests
+        return False
     return status in (402, 413, 507) or any(
         word in said.lower() for word in ("quota", "storage limit", "storage is full")
     )

@@ -22,7 +22,7 @@ def load(folder: str, how: str, *extras: str) -> None:
     """Load the repo and run it on a few tokens.
 
     Raises:
-        ValueError: weights are missing, left over or not finite.
+        ValueError: weights are missing, left over or not finite, or the tokenizer has no vocabulary.
     """
     import torch
     import transformers
@@ -32,7 +32,7 @@ def load(folder: str, how: str, *extras: str) -> None:
     name = next(key for key, value in config.auto_map.items() if value.rsplit(".", 1)[-1] == wanted)
     auto = getattr(transformers, name)
     if "tokenizer" in extras:
-        transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+        check_vocabulary(transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True), Path(folder))
     if how == "outline":
         with torch.device("meta"):
             outline = auto.from_config(config, trust_remote_code=True)
@@ -49,6 +49,13 @@ def load(folder: str, how: str, *extras: str) -> None:
             raise ValueError("the encoder's output is not finite")
         if hasattr(model, "lm_head"):
             model.generate(ids, max_new_tokens=2)
+
+
+def check_vocabulary(tokenizer, folder: Path) -> None:  # type: ignore[no-untyped-def]
+    """See that a tokenizer has what it is made of: transformers 5 makes one of a hundred tokens of nothing."""
+    names = sorted(set(tokenizer.vocab_files_names.values()))
+    if names and not any((folder / name).is_file() for name in names):
+        raise ValueError(f"the tokenizer, a {type(tokenizer).__name__}, has no vocabulary: none of {', '.join(names)}")
 
 
 def compare(shapes: dict[str, list[int]], folder: Path) -> None:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers.dynamic_module_utils import get_relative_imports
+from transformers.dynamic_module_utils import get_imports, get_relative_imports
 
 from fat5convert.errors import ConvertError
 from fat5convert.hashing import hash_chunks
 from fat5convert.json_files import read_json
 from fat5convert.publish.contents import CERTIFICATE, CONVERSION, CURVE, INDEX, TRAINING, Contents
 from fat5convert.publish.load_check import check_loading
+from fat5convert.publish.tasks import OTHER, TASKS, Task
 from fat5convert.source import TOKENIZER_FILES, Checkpoint, local
+
+_INSTALLED = {"torch", "transformers", *sys.stdlib_module_names}
+"""Modules that the code may import unconditionally."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,18 @@ class Ready:
     def encoder_only(self) -> bool:
         """Whether there is no decoder."""
         return not any(name.startswith("decoder.") for name in self.checkpoint.tensors)
+
+    @property
+    def auto_class(self) -> str:
+        """The auto-class that loads the whole of it: of those that give its architecture, the one for a task."""
+        wanted = self.config["architectures"][0]
+        names = [name for name, value in self.config["auto_map"].items() if value.rpartition(".")[2] == wanted]
+        return str(max(names, key=len))
+
+    @property
+    def task(self) -> Task:
+        """What it is for."""
+        return TASKS.get(self.auto_class, OTHER)
 
     @property
     def tokenizer(self) -> bool:
@@ -78,6 +95,7 @@ def check(out: str | Path) -> Ready:
             problems.append(f"{name} is a pickle, which runs code when it is loaded; convert or save to safetensors")
     if not _has_tokenizer(contents.upload) and not _source_had_none(conversion):
         problems.append("there is no tokenizer; put the files of the source's tokenizer there")
+    problems += [f"{name} is missing, which the conversion wrote; convert again" for name in _lost(folder, conversion)]
     certificate = _check_certificate(folder, checkpoint, training, problems)
     if problems:
         raise ConvertError(f"{out} is not ready to be published:\n" + "\n".join(f"  - {line}" for line in problems))
@@ -100,6 +118,13 @@ def _has_tokenizer(names: list[str]) -> bool:
     return any(name in TOKENIZER_FILES and name != "chat_template.jinja" for name in names)
 
 
+def _lost(folder: Path, conversion: Mapping[str, Any] | None) -> list[str]:
+    """Settings, tokenizer files and modules that the conversion wrote and that are not there."""
+    recorded = [(conversion or {}).get(kind) for kind in ("files", "modules")]
+    names = [name for files in recorded if isinstance(files, dict) for name in files]
+    return [name for name in names if not (folder / name).is_file()]
+
+
 def _source_had_none(conversion: Mapping[str, Any] | None) -> bool:
     """Whether the conversion found no tokenizer to carry over, as of Chronos-T5 or a single file."""
     files = conversion.get("files") if conversion else None
@@ -113,7 +138,7 @@ def _check_code(folder: Path, config: Mapping[str, Any], problems: list[str]) ->
         problems.append("config.json has no auto_map with AutoConfig: save the model with its own save_pretrained")
         return []
     classes = [str(value).rsplit(".", 1)[-1] for value in auto_map.values()]
-    for architecture in architectures if isinstance(architectures, list) else [None]:
+    for architecture in architectures if isinstance(architectures, list) and architectures else [None]:
         if architecture not in classes:
             problems.append(f"config.json: no entry of auto_map is the architecture {architecture}")
     found: list[str] = []
@@ -134,6 +159,8 @@ def _check_code(folder: Path, config: Mapping[str, Any], problems: list[str]) ->
             )
         else:
             todo += get_relative_imports(folder / name)
+            for other in sorted(set(get_imports(folder / name)) - _INSTALLED):
+                problems.append(f"{name} imports {other}, which is not where only torch and transformers are installed")
         found.append(name)
     for key, value in auto_map.items():
         module, _, cls = str(value).rpartition(".")

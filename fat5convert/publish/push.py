@@ -19,7 +19,7 @@ from fat5convert.publish.contents import CARD, CERTIFICATE, CONVERSION, INDEX, T
 from fat5convert.publish.hub_errors import AGAIN, HTTP_ERRORS, explained, is_passing
 from fat5convert.publish.origin import Origin, find_origin, read_card
 from fat5convert.publish.preflight import Ready
-from fat5convert.publish.remote import Remote, State
+from fat5convert.publish.remote import Remote, State, read_text
 from fat5convert.publish.sections import sections
 
 _ATTEMPTS = 4
@@ -36,8 +36,8 @@ AskLicence = Callable[[], cards.Licence]
 class Changes:
     """What makes the repo as the folder is."""
 
-    additions: list[CommitOperationAdd]
-    unchanged: int
+    files: list[CommitOperationAdd]  # all, the card last
+    additions: list[CommitOperationAdd]  # those of them that are not there
     deletions: list[str]
     card: ModelCard
     kept_sections: list[str]  # of the card, which were edited by hand
@@ -63,20 +63,19 @@ class Push:
     def __init__(self, ready: Ready, remote: Remote, licence: cards.Licence | None, ask_licence: AskLicence) -> None:
         self.ready, self.remote = ready, remote
         self._licence, self._ask_licence = licence, ask_licence
-        self.origin: Origin | None = find_origin(ready)
         self.additions = [
             CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(ready.folder / name))
             for name in ready.contents.upload
         ]
         with explained(remote.repo_id, remote.token):
+            self.origin: Origin | None = find_origin(ready, remote.knows)
             self._base = read_card(remote, self.origin)
 
     def compare(self, state: State) -> Changes:
         """Say what is to be done to a revision of the repo."""
         card = self._write_card(state)
-        additions = [*self.additions, CommitOperationAdd(CARD, str(card[0]).encode())]
-        new = [addition for addition in additions if not state.has(addition)]
-        return Changes(new, len(additions) - len(new), self._stale(state), *card)
+        files = [*self.additions, CommitOperationAdd(CARD, str(card[0]).encode())]
+        return Changes(files, [file for file in files if not state.has(file)], self._stale(state), *card)
 
     def send(self, state: State, message: str, author: str, *, create_pr: bool = False) -> str:
         """Do it, and see that it is done.
@@ -151,7 +150,7 @@ class Push:
             return None
         if not path.resolve().is_relative_to(self.ready.folder.resolve()):
             raise ConvertError(f"{path}: is a link that leads out of the folder; put the file itself there")
-        return cards.parse(path.read_text(encoding="utf-8"), str(path))
+        return cards.parse(read_text(path, str(path)), str(path))
 
     def _stale(self, state: State) -> list[str]:
         """Files of the kinds that a push writes, which this one does not: shards, code and certificates of old."""

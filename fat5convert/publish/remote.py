@@ -6,9 +6,11 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, RepoFile, get_token
-from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, RepoFile, get_token
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 from huggingface_hub.utils.sha import git_hash
 
 from fat5convert.errors import ConvertError
@@ -51,6 +53,8 @@ class Remote:
             raise ConvertError("--token-from-env: HF_TOKEN is not set or empty")
         self.repo_id, self.revision = repo_id, revision or _MAIN
         self.token = os.environ["HF_TOKEN"].strip() if from_env else get_token()
+        if self.token and not re.fullmatch(r"[!-~]+", self.token):  # the client would quote it when it cannot send it
+            raise ConvertError("the token has a blank or a sign that tokens do not have; copy it again, and all of it")
         self.api = HfApi(token=self.token or False, library_name="fat5")
 
     def log_in(self) -> str:
@@ -79,10 +83,19 @@ class Remote:
         try:
             commit = main.sha if wanted == _MAIN else self.api.repo_info(self.repo_id, revision=wanted).sha
         except RevisionNotFoundError:
+            if wanted.startswith("refs/"):
+                raise ConvertError(f"{self.repo_id} has no {wanted}; --create-pr opens a new pull request") from None
             commit, exists = main.sha, False
         tree = self.api.list_repo_tree(self.repo_id, recursive=True, revision=commit)
         files = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
         return State(commit, bool(main.private), exists, files)
+
+    def knows(self, repo_id: str) -> bool:
+        """Whether the Hub has a repo of this name, as far as this token sees."""
+        try:
+            return bool(self.api.repo_exists(repo_id))
+        except HFValidationError:
+            return False
 
     def make(self, state: State, *, private: bool) -> State:
         """Create the repo and the branch, those that do not exist."""
@@ -95,15 +108,35 @@ class Remote:
         return state
 
     def text(self, name: str, state: State) -> str | None:
-        """Contents of a small file, None where there is none."""
+        """Contents of a small file, None where there is none.
+
+        A file that is there and does not come is an error: what is taken for missing would be written anew.
+
+        Raises:
+            ConvertError: it is not text.
+        """
         if name not in state.files:
             return None
-        try:
-            path = self.api.hf_hub_download(self.repo_id, name, revision=state.commit)
-        except EntryNotFoundError:
-            return None
-        with open(path, encoding="utf-8", newline="") as file:
-            return file.read()
+        path = self.api.hf_hub_download(self.repo_id, name, revision=state.commit)
+        return read_text(Path(path), f"{self.repo_id}/{name}")
+
+    def validate(self, card: ModelCard) -> None:
+        """Have the Hub say whether it takes a card.
+
+        Raises:
+            ConvertError: it does not, because of what stands in the metadata.
+        """
+        # As in the client's own ModelCard.validate, which in its older releases asks huggingface.co in any case.
+        question = {"content": str(card), "repoType": "model"}
+        headers = build_hf_headers(token=self.token or False, library_name="fat5")
+        answer = get_session().post(f"{self.api.endpoint}/api/validate-yaml", json=question, headers=headers)
+        if answer.status_code == 400:
+            said = "; ".join(str(error.get("message")) for error in answer.json().get("errors", []))
+            raise ConvertError(
+                f"{self.repo_id}: the Hub does not take the card ({said}). Give another --license if it is that; else "
+                "mend the metadata on top of the README.md, here or on the Hub"
+            )
+        hf_raise_for_status(answer)
 
     def commit(
         self,
@@ -140,6 +173,18 @@ class Remote:
         """Address of the page for people."""
         page = f"{self.api.endpoint}/{self.repo_id}"
         return page if self.revision == _MAIN else f"{page}/tree/{self.revision}"
+
+
+def read_text(path: Path, where: str) -> str:
+    """A small file as text, with its line ends.
+
+    Raises:
+        ConvertError: it is not UTF-8.
+    """
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConvertError(f"{where}: is not text in UTF-8 ({error}). Mend it there first.") from error
 
 
 def check_names(repo_id: str, revision: str | None) -> None:

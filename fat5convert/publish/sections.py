@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from fat5convert.publish.contents import CERTIFICATE, CONVERSION, CURVE
+from fat5convert.errors import ConvertError
+from fat5convert.publish.contents import CERTIFICATE, CONVERSION, CURVE, TRAINING
 from fat5convert.publish.origin import Origin
 from fat5convert.publish.preflight import Ready
 
@@ -23,16 +25,28 @@ def sections(ready: Ready, origin: Origin | None, repo_id: str, hashes: Mapping[
         repo_id: where it will be.
         hashes: SHA-256 of the weight files.
     """
+    conversion, training = ready.folder / CONVERSION, ready.folder / TRAINING
     written = {
         "about": _about(ready, origin, repo_id),
         "load": _load(ready, repo_id),
-        "provenance": _provenance(ready, origin, hashes),
-        "precision": _precision(ready),
-        "parity": _parity(ready),
-        "training": _training(ready),
+        "provenance": _made_of(conversion if ready.conversion else training, _provenance, ready, origin, hashes),
+        "precision": _made_of(conversion, _precision, ready),
+        "parity": _made_of(ready.folder / CERTIFICATE, _parity, ready),
+        "training": _made_of(training, _training, ready),
         "limits": _limits(ready, origin),
     }
     return {name: text for name, text in written.items() if text}
+
+
+def _made_of(path: Path, write: Callable[..., str], *arguments: object) -> str:
+    """Write a section whose figures are those of a file."""
+    try:
+        return write(*arguments)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        told = f"is not as FAT5 writes it ({type(error).__name__}: {error})"
+        raise ConvertError(
+            f"{path}: {told}, and the card cannot be made of it; convert, verify or train again"
+        ) from error
 
 
 def _link(origin: Origin) -> str:
@@ -43,6 +57,8 @@ def _about(ready: Ready, origin: Origin | None, repo_id: str) -> str:
     name = repo_id.split("/")[1]
     kind = "encoder" if ready.encoder_only else "encoder-decoder model"
     what = f"A FAT5 {kind} of {ready.parameters:,} parameters"
+    if ready.task.head:
+        what += f" with a head for {ready.task.head}"
     if origin is None:
         made = f"{what}, pretrained from scratch with UL2." if ready.training else f"{what}."
     elif origin.trained:
@@ -54,16 +70,12 @@ def _about(ready: Ready, origin: Origin | None, repo_id: str) -> str:
 
 
 def _load(ready: Ready, repo_id: str) -> str:
-    auto = "AutoModelForTextEncoding" if ready.encoder_only else "AutoModelForSeq2SeqLM"
+    auto, task = ready.auto_class, ready.task
     lines = [f"from transformers import {auto}" + (", AutoTokenizer" if ready.tokenizer else ""), ""]
     lines.append(f'model = {auto}.from_pretrained("{repo_id}", trust_remote_code=True)')
     if ready.tokenizer:
         lines.append(f'tokenizer = AutoTokenizer.from_pretrained("{repo_id}", trust_remote_code=True)')
-        lines.append('inputs = tokenizer("How old are you?", return_tensors="pt")')
-        if ready.encoder_only:
-            lines.append("states = model(**inputs).last_hidden_state  # [1, tokens, width]")
-        else:
-            lines.append("print(tokenizer.decode(model.generate(**inputs)[0], skip_special_tokens=True))")
+        lines += [f'inputs = tokenizer({task.text}, return_tensors="pt")', task.call]
     code = "\n".join(lines)
     return (
         f"## How to load\n\nIt needs torch and transformers, and triton for the kernels. The model's code is in this "

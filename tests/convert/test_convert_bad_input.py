@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -190,6 +191,20 @@ def test_pickle_that_would_run_code(legacy: bool, tmp_path: Path) -> None:
     torch.save(tensors, folder / "pytorch_model.bin", _use_new_zipfile_serialization=not legacy)
     fails([str(folder), str(tmp_path / "out")], tmp_path, "pytorch_model.bin", "would run code", "mkdir")
     assert not (tmp_path / "it-ran").exists()
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_bare_pickle_that_would_run_code(protocol: int, tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "model", "t5-v1.0", weights="bin")
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(RunsCode(tmp_path / "it-ran"), protocol))
+    fails([str(folder), str(tmp_path / "out")], tmp_path, "pytorch_model.bin", "would run code", "mkdir")
+    assert not (tmp_path / "it-ran").exists()
+
+
+def test_pointer_of_git_lfs(flan: Path, tmp_path: Path) -> None:
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 307867048\n"
+    (flan / "model.safetensors").write_text(pointer)
+    fails([str(flan), str(tmp_path / "out")], tmp_path, "model.safetensors", "git lfs pull")
 
 
 def test_bin_that_is_no_state_dict(tmp_path: Path) -> None:

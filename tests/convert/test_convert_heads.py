@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 from toy_checkpoints import SIZES, all_tensors, edit_config, rewrite
 from toy_heads import ANSWER, SEQUENCE, TASKS, TOKEN, write_headed
 from toy_layouts import write_published_fat5
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, T5EncoderModel
 
 import fat5.model
-from fat5.model import FlashT5Config, FlashT5ForSequenceClassification, FlashT5Model
+from fat5.model import FlashT5Config, FlashT5ForSequenceClassification, FlashT5Model, heads_flash_t5
 from fat5convert.convert import convert
 from fat5convert.errors import ConvertError, DifferenceError
 from fat5convert.export import export
@@ -185,11 +185,96 @@ def test_tensors_that_do_not_fit_the_head(tmp_path: Path) -> None:
     refused(no_decoder, "missing tensor.*transformer.decoder")
 
 
-def test_published_heads_read_the_encoder(originals: dict[str, Path], tmp_path: Path) -> None:
+def write_published_head(folder: Path, stock: Path, task: str, **changes: Any) -> dict[str, torch.Tensor]:
+    """A published FAT5 with a head on the encoder, as its classes save it, and the tensors of the head."""
+    architecture = [f"FlashT5For{task}"]
+    labels = {} if task == ANSWER else {"id2label": {"0": "no", "1": "yes", "2": "perhaps"}}
+    source = write_published_fat5(folder, stock, architectures=architecture, **labels, **changes)
+    shapes = {
+        SEQUENCE: {"classification_head.dense": (32, 32), "classification_head.out_proj": (3, 32)},
+        TOKEN: {"classifier": (3, 32)},
+        ANSWER: {"qa_outputs": (2, 32)},
+    }[task]
+    generator = torch.Generator().manual_seed(3)
+    head = {}
+    for name, shape in shapes.items():
+        head[f"{name}.weight"] = torch.randn(shape, generator=generator)
+        head[f"{name}.bias"] = torch.randn(shape[0], generator=generator)
+
+    def replace(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if name.startswith(("decoder.", "lm_head."))]:
+            del tensors[name]
+        tensors.update(head)
+
+    rewrite(source, replace)
+    return head
+
+
+def published_by_formula(task: str, states: torch.Tensor, batch: dict[str, torch.Tensor], head: Any) -> torch.Tensor:
+    """What the published head makes of the encoder's states `[B, L, D]`."""
+    if task == SEQUENCE:
+        last = batch["attention_mask"].sum(1) - 1
+        inner = torch.tanh(states[range(3), last] @ head[f"{HEAD}.dense.weight"].T + head[f"{HEAD}.dense.bias"])
+        return inner @ head[f"{HEAD}.out_proj.weight"].T + head[f"{HEAD}.out_proj.bias"]
+    name = "classifier" if task == TOKEN else "qa_outputs"
+    return (states @ head[f"{name}.weight"].T + head[f"{name}.bias"])[batch["attention_mask"] == 1]
+
+
+HEAD = "classification_head"
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_published_heads_read_the_encoder(task: str, originals: dict[str, Path], tmp_path: Path) -> None:
+    """There and, since stock T5 has no such models, not back; only that for tokens is stock's as well."""
+    head = write_published_head(tmp_path / "source", originals["t5-v1.1"], task)
+    report = convert(str(tmp_path / "source"), tmp_path / "out")
+    assert report.parity is not None
+    assert [r["logits_error"] <= r["bound"] for r in report.parity["models"]["implementations"]] == [True, True]
+    assert not json.loads((tmp_path / "out" / "config.json").read_text())["head_reads_decoder"]
+    assert verify(tmp_path / "out", str(tmp_path / "source"))["result"] == "same"
+
+    batch = inputs()
+    stock = T5EncoderModel.from_pretrained(originals["t5-v1.1"], attn_implementation="eager").eval()
+    with torch.no_grad():
+        states = stock(**batch).last_hidden_state
+    expected = published_by_formula(task, states, batch, head)
+    ours = getattr(fat5.model, f"FlashT5For{task}").from_pretrained(tmp_path / "out", attn_implementation="eager")
+    assert (outputs(ours.eval(), batch) - expected).abs().max() <= 1e-5 * expected.abs().max()
+    if task == TOKEN:
+        export(tmp_path / "out", tmp_path / "t5")
+    else:
+        with pytest.raises(ConvertError, match="reads the encoder, and that of stock T5 the decoder"):
+            export(tmp_path / "out", tmp_path / "t5")
+
+
+def test_a_published_head_with_other_positions(originals: dict[str, Path], tmp_path: Path) -> None:
+    write_published_head(tmp_path / "source", originals["t5-v1.1"], ANSWER, position_encoding_type="ALiBi")
+    report = convert(str(tmp_path / "source"), tmp_path / "out")
+    assert report.parity is not None
+    assert report.plan.recognised.layout.positions == "ALiBi"
+
+
+def test_the_oracle_of_a_published_head_is_not_ours(
+    originals: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_published_head(tmp_path / "source", originals["t5-v1.1"], SEQUENCE)
+    monkeypatch.setattr(heads_flash_t5, "last_end_of_sequence", lambda ids, *_: torch.zeros_like(ids[:, 0]))
+    with pytest.raises(DifferenceError, match="logits_error"):
+        convert(str(tmp_path / "source"), tmp_path / "out")
+
+
+def test_an_early_published_head_reads_the_decoder(originals: dict[str, Path], tmp_path: Path) -> None:
+    """Question answering had a decoder at first, as in stock T5."""
     source = write_published_fat5(tmp_path / "source", originals["t5-v1.1"])
-    rewrite(source, lambda t: t.update({"qa_outputs.weight": torch.zeros(2, 32), "qa_outputs.bias": torch.zeros(2)}))
-    with pytest.raises(ConvertError, match=r"question answering on the encoder.*does not convert"):
-        convert(str(source), tmp_path / "out")
+
+    def replace(tensors: dict[str, torch.Tensor]) -> None:
+        del tensors["lm_head.weight"]
+        tensors.update({"qa_outputs.weight": torch.randn(2, 32), "qa_outputs.bias": torch.randn(2)})
+
+    rewrite(source, replace)
+    convert(str(source), tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["head_reads_decoder"]
+    export(tmp_path / "out", tmp_path / "t5")
 
 
 def test_a_head_on_the_encoder_is_not_exported(tmp_path: Path) -> None:

@@ -132,7 +132,7 @@ def test_the_oracle_does_not_share_our_formula(stock: Path, tmp_path: Path, monk
         ({"position_encoding_type": 3}, "3 is none of"),
         ({"position_encoding_type": "ALiBi", "alibi_mode": "sideways"}, "alibi_mode"),
         ({"position_encoding_type": "ALiBi", "use_randomized_position_encoding": True}, "Set it to false"),
-        ({"position_encoding_type": "t5", "use_randomized_position_encoding": True}, "Set it to false"),
+        ({"position_encoding_type": "t5", "use_randomized_position_encoding": "yes"}, "must be true or false"),
         ({"position_encoding_type": "FIRE", "fire_mlp_width": WIDTH + 1}, "mlp.0.weight has shape"),
         ({"position_encoding_type": "FIRE", "fire_mlp_width": 0}, "fire_mlp_width"),
         ({"position_encoding_type": "t5"}, "missing tensor.*relative_attention_bias"),
@@ -143,6 +143,21 @@ def test_positions_that_do_not_convert(changes: dict[str, Any], message: str, st
     edit_config(source, **({"use_randomized_position_encoding": None} | changes))
     with pytest.raises(ConvertError, match=message):
         convert(str(source), tmp_path / "out")
+
+
+def test_randomised_positions_are_drawn_in_training_and_told_of(originals: dict[str, Path], tmp_path: Path) -> None:
+    """The published model draws in every call, so the comparison is at 0, 1, 2, ..., as the decisions say."""
+    fields = {"use_randomized_position_encoding": True, "max_sequence_length": 77, "dropout_rate": 0.0}
+    source = write_published_fat5(tmp_path / "source", originals["t5-v1.1"], **fields)
+    report = convert(str(source), tmp_path / "out")
+    assert "drawn at random" in report.plan.recognised.decisions()["positions"]["reason"]
+    model = FlashT5ForConditionalGeneration.from_pretrained(tmp_path / "out", attn_implementation="eager")
+    assert (model.config.use_randomized_position_encoding, model.config.max_sequence_length) == (True, 77)
+    with torch.no_grad():
+        model.eval()
+        assert torch.equal(*(model(input_ids=IDS, labels=LABELS).logits for _ in range(2)))
+        model.train()
+        assert not torch.equal(*(model(input_ids=IDS, labels=LABELS).loss for _ in range(2)))
 
 
 def test_one_way_alibi_needs_an_even_number_of_heads(originals: dict[str, Path], tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from toy_checkpoints import FAMILIES, edit_config
+from toy_checkpoints import FAMILIES, edit_config, rewrite
 
 from fat5.model import FlashT5ForConditionalGeneration
 from fat5convert import parity
@@ -229,3 +229,10 @@ def test_one_layer_of_weights_at_a_time(originals: dict[str, Path], tmp_path: Pa
     run_probe(model, make_probe(recognised.config, recognised.layout), recognised.layout)
     assert all(parameter.device.type == "meta" for parameter in model.parameters())
     assert most <= max(p.numel() for p in model.parameters())
+
+
+def test_values_that_are_not_finite_are_named(flan: Path, tmp_path: Path) -> None:
+    rewrite(flan, lambda tensors: tensors["lm_head.weight"][3].fill_(float("nan")))
+    with pytest.raises(DifferenceError, match=r"not finite, so that nothing can be compared, in lm_head\.weight"):
+        convert(str(flan), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -52,6 +52,14 @@ def test_round_trip_is_bit_identical(family: str, weights: str, dialect: int, tm
     assert bool(exported.warnings) == (family == "umt5")
 
 
+def test_a_head_that_is_missing_is_not_made_of_the_embedding(flan: Path, tmp_path: Path) -> None:
+    convert(str(flan), tmp_path / "out", verify=False)
+    rewrite(tmp_path / "out", lambda t: t.pop("lm_head.weight"))
+    with pytest.raises(ConvertError, match=r"1 missing tensor\(s\): lm_head.weight"):
+        export(tmp_path / "out", tmp_path / "t5")
+    assert not (tmp_path / "t5").exists()
+
+
 def test_tied_but_unscaled_stores_the_head(flan: Path, tmp_path: Path) -> None:
     rewrite(flan, lambda t: t.pop("lm_head.weight"))
     convert(str(flan), tmp_path / "out", verify=False)

@@ -25,7 +25,7 @@ def make_store(folder, documents, shards=1):
         (folder / f"shard-{n:05d}.tokens").write_bytes(tokens.tobytes())
         (folder / f"shard-{n:05d}.ends").write_bytes(ends.tobytes())
         entries.append({"documents": len(ends), "tokens": len(tokens), "read": len(ends)})
-    (folder / "index.json").write_text(json.dumps({"format": 1, "dtype": "<u2", "shards": entries}))
+    (folder / "index.json").write_text(json.dumps({"format": 2, "dtype": "<u2", "shards": entries}))
     return TokenStore(folder)
 
 

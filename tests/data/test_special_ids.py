@@ -109,6 +109,12 @@ def test_a_mode_token_of_the_tokenizer_keeps_its_id():
     assert 50 in special_ids(words({20: "<extra_id_0>", 50: "[S]"}, 100), MIXTURES["prefix_lm"]).reserved
 
 
+@pytest.mark.parametrize("mode", ["<extra_id_1>", "w0", "w1", "w2"])
+def test_a_mode_token_that_means_something_else_is_refused(mode):
+    with pytest.raises(ValueError, match=f"the mode {mode} is a sentinel, EOS, padding or unknown token"):
+        special_ids(words({20: "<extra_id_0>", 21: "<extra_id_1>"}, 100), [Denoiser(mode=mode)], 128)
+
+
 def test_without_mode_tokens_no_rows_are_needed():
     ids = special_ids(words({20: "<extra_id_0>"}, 100), MIXTURES["t5_span_corruption"], 100)
     assert ids.modes == {}

@@ -3,19 +3,14 @@
 import json
 import os
 import pickle
-import re
 import shutil
-import unicodedata
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerFast
 
 from fat5.data import CorpusOptions, DataError, MixtureOptions, WindowDataset, special_ids, tokenize_corpus
 from fat5.data.documents import read_documents
-from fat5.data.encode import Encoder, SpecialTokenError, split_text
-from fat5.data.stream import WindowStream
+from fat5.data.encode import Encoder, encode_chunks
 from fat5.data.token_store import TokenStore, store_key, write_store
 
 
@@ -120,6 +115,17 @@ def test_another_folder_or_file_of_the_same_name_is_another_corpus(tmp_path, mon
     assert store_key(CorpusOptions(dataset="named"), tokenizer, ids) != found["two", "named"].folder.name
 
 
+def test_the_same_tokens_have_the_same_identity(tmp_path, tokenizer, ids):
+    def identity(name, text):
+        (tmp_path / name).write_text(text)
+        return tokenize_corpus(CorpusOptions((str(tmp_path / name),)), tokenizer, ids, tmp_path / "cache").identity
+
+    one = identity("a.txt", "some words\n\nand others")
+    assert identity("b.txt", "some words\n\nand others\n") == one
+    others = [identity(f"{n}.txt", text) for n, text in enumerate(["some words and others", "some words\n\nand other"])]
+    assert len({one, *others}) == 3
+
+
 def test_a_stopped_tokenisation_goes_on_behind_its_last_shard(tmp_path, prose, tokenizer, ids):
     class StoppedError(Exception):
         pass
@@ -147,6 +153,19 @@ def test_a_stopped_tokenisation_goes_on_behind_its_last_shard(tmp_path, prose, t
     assert len(TokenStore(folder).shards()) > 2
 
 
+class Deadly:
+    """An encoder that ends the process it comes to before all of it is read."""
+
+    def __reduce__(self):
+        return os._exit, (9,), {"padding": b"x" * (1 << 20)}
+
+
+@pytest.mark.slow
+def test_a_killed_encoding_process_is_told():
+    with pytest.raises(DataError, match=r"a process that encodes text was ended from outside.*fewer processes"):
+        list(encode_chunks([["a"]] * 9, Deadly(), processes=2))
+
+
 def test_a_shard_that_was_cut_short_or_is_missing_is_refused(tmp_path, prose, tokenizer, ids):
     (tmp_path / "c.txt").write_text(prose[0])
     store = tokenize_corpus(CorpusOptions((str(tmp_path / "c.txt"),)), tokenizer, ids, tmp_path / "cache")
@@ -162,9 +181,10 @@ def test_a_shard_that_was_cut_short_or_is_missing_is_refused(tmp_path, prose, to
     (store.folder / "index.json").write_text('{"format": 99}')
     with pytest.raises(DataError, match="has format 99"):
         TokenStore(store.folder)
-    (store.folder / "index.json").write_text('{"form')
-    with pytest.raises(DataError, match="no complete tokenised corpus"):
-        TokenStore(store.folder)
+    for damaged in (b'{"form', b"\xff\xfe", b"5"):
+        (store.folder / "index.json").write_bytes(damaged)
+        with pytest.raises(DataError, match="no complete tokenised corpus"):
+            TokenStore(store.folder)
 
 
 def test_invalid_utf8_is_refused_by_place_or_replaced(tmp_path):
@@ -237,86 +257,6 @@ def test_an_unwritable_cache_is_refused(tmp_path, prose, tokenizer, ids):
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(DataError, match="cannot write the tokenised corpus"):
         tokenize_corpus(CorpusOptions((str(tmp_path / "c.txt"),)), tokenizer, ids, tmp_path / "cache")
-
-
-def test_text_that_spells_special_tokens_is_text(tokenizer, ids):
-    texts = ["see <extra_id_7> and [R] and </s><pad> here", "<extra_id_0>", "plain words", "[S][S]"]
-    encoded = Encoder(tokenizer, ids)(texts)
-    for text, tokens in zip(texts, encoded, strict=True):
-        assert not ids.reserved & set(tokens.tolist())
-        plain = tokenizer.decode(tokens.tolist()).replace(" ", "")
-        assert plain == text.replace(" ", "")
-    assert set(tokenizer("[S]", add_special_tokens=False)["input_ids"]) & ids.reserved  # it could go wrong
-
-
-@pytest.mark.parametrize("kind", ["tokenizer", "bare_tokenizer"])
-@pytest.mark.parametrize(
-    "text",
-    [
-        "a ＜/s＞ b﹤/s﹥",
-        "＜pad＞＜pad＞",
-        "e\u0301 ＜extra_id_0＞ and <\x01extra_id_1>",
-        "[［S] ［S］ [S]",
-        "a <0x41> and <0x42>",
-        "＜0x41＞ <0ｘ42> <0\x0143>",
-        "<unk> ＜unk＞",
-        "<extra_id_<extra_id_0>0>",
-    ],
-)
-def test_text_that_spells_special_tokens_when_normalised_and_bytes_are_text(request, kind, text):
-    tokenizer = request.getfixturevalue(kind)
-    ids = special_ids(tokenizer, ())
-    (tokens,) = Encoder(tokenizer, ids)([text])
-    assert not (ids.reserved | {tokenizer.unk_token_id}) & set(tokens.tolist())
-    normal = unicodedata.normalize("NFKC", re.sub(r"[\x01 ]", "", text))
-    assert tokenizer.decode(tokens.tolist()).replace(" ", "") == normal
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-def test_a_document_that_cannot_be_encoded_is_named(tmp_path, tokenizer, streaming):
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    odd = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="☃", pad_token="<pad>", unk_token="<unk>")
-    ids = special_ids(odd, ())
-    (tmp_path / "a.txt").write_text("good\n\nalso good\n")
-    (tmp_path / "b.txt").write_text("good\n\na ☃ here\n")
-    corpus = CorpusOptions((str(tmp_path / "*.txt"),))
-    message = r"b\.txt, document 2: the tokenizer encodes ordinary text as the special token '☃'.*begins 'a ☃ here"
-    stream = WindowStream(corpus, Encoder(odd, ids), 8, 0)
-    read = stream.next if streaming else lambda: tokenize_corpus(corpus, odd, ids, tmp_path / "cache")
-    with pytest.raises(DataError, match=message):
-        read()
-    with pytest.raises(SpecialTokenError) as caught:
-        Encoder(odd, ids)(["a", "☃"])
-    assert pickle.loads(pickle.dumps(caught.value)).document == "☃"  # it comes from other processes
-
-
-def test_broken_surrogates_do_not_crash(tokenizer, ids):
-    (tokens,) = Encoder(tokenizer, ids)([json.loads('"a \\ud800 b"')])
-    assert len(tokens)
-
-
-def test_long_documents_are_encoded_in_pieces_without_a_trace(tokenizer, ids, prose):
-    text = " ".join("\n".join(prose).split())
-    assert len(text) > 300_000
-    expected = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    assert Encoder(tokenizer, ids)([text])[0].tolist() == expected
-    pieces = split_text(text, 1000)
-    assert "".join(pieces) == text
-    assert max(map(len, pieces)) <= 1000
-    assert all(p[0] == " " != p[1] for p in pieces[1:])
-    assert "".join(split_text("a" + " " * 3000 + "b", 1000)) == "a" + " " * 3000 + "b"
-
-
-@pytest.mark.parametrize("blanks", ["", "\n", " \n ", "\t"])
-def test_long_stretches_without_a_space_are_not_altered(tokenizer, ids, blanks):
-    text = "".join(f"word{n}" + blanks * (n % 900 == 0) for n in range(60_000))
-    expected = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    assert Encoder(tokenizer, ids)([text])[0].tolist() == expected
-    pieces = split_text(text)
-    assert "".join(pieces) == text
-    assert len(pieces) == (1 if not blanks else -(-len(text) // 200_000))
-    # One that is longer than a piece does not keep those behind it together.
-    assert list(map(len, split_text("x" * 2500 + " y" * 600, 1000))) == [2500, 998, 202]
 
 
 def test_windows_cover_every_document_once(tmp_path, prose, tokenizer, ids):

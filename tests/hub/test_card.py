@@ -40,7 +40,7 @@ def from_hub(folder, **changes):
 
 
 def write(ready, present=None, licence=APACHE, base=None):
-    origin = find_origin(ready)
+    origin = find_origin(ready, BASE.__eq__)
     texts = sections(ready, origin, REPO, {"model-00001-of-00003.safetensors": "ab" * 32})
     return cards.write(ready, origin, texts, licence, base, present)
 
@@ -100,11 +100,45 @@ def test_what_it_says_of_training(out, loads):
     assert "| R | 3.0000 | 2.0000 |" in card.text
     assert "2,000 steps" in card.text
     assert "(loss.png)" in card.text
+    run["recipe"]["model"]["path"] = "runs/flan-fat5"  # a folder that is not here any more
+    (out / "training.json").write_text(json.dumps(run))
+    gone = write(check(out))
+    assert "base_model" not in gone.data.to_dict()
+    assert "`flan-fat5`" in gone.text
+    assert "runs/" not in gone.text
     run["recipe"]["model"]["fresh"] = {"num_layers": 2}
     (out / "training.json").write_text(json.dumps(run))
     fresh = write(check(out))
     assert "base_model" not in fresh.data.to_dict()
     assert "pretrained from scratch" in fresh.text
+
+
+@pytest.mark.parametrize(
+    ("architecture", "auto", "base", "tag"),
+    [
+        ("FlashT5ForConditionalGeneration", "AutoModelForSeq2SeqLM", "translation", "translation"),
+        ("FlashT5ForConditionalGeneration", "AutoModelForSeq2SeqLM", "text2text-generation", "text-generation"),
+        ("FlashT5EncoderModel", "AutoModelForTextEncoding", "text-to-image", "feature-extraction"),
+        ("FlashT5EncoderModel", "AutoModelForTextEncoding", "sentence-similarity", "sentence-similarity"),
+        ("FlashT5ForSequenceClassification", "AutoModelForSequenceClassification", None, "text-classification"),
+        ("FlashT5ForTokenClassification", "AutoModelForTokenClassification", "translation", "token-classification"),
+        ("FlashT5ForQuestionAnswering", "AutoModelForQuestionAnswering", None, "question-answering"),
+    ],
+)
+def test_every_kind_of_model_is_loaded_whole(out, loads, architecture, auto, base, tag):
+    """By the class that has its head; a slow test in test_life_after_push does what the card says."""
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | {"architectures": [architecture]}))
+    card = write(
+        check(out), base=ModelCard(f"---\npipeline_tag: {base}\n---\n" if base else "---\nlanguage: fr\n---\n")
+    )
+    assert f'model = {auto}.from_pretrained("{REPO}"' in card.text
+    assert card.data.to_dict()["pipeline_tag"] == tag
+
+
+def test_a_licence_that_is_not_stated_is_not_taken():
+    for stated in ("license:", "license: unknown", "language: fr"):
+        assert cards.licence_of(ModelCard(f"---\n{stated}\ntags: [a]\n---\n")) is None
 
 
 def test_a_source_on_disk_is_named_and_not_linked(ready):
@@ -155,6 +189,22 @@ def test_a_card_without_our_sections_keeps_its_text_on_top(ready):
 def test_a_card_that_cannot_be_read_is_named():
     with pytest.raises(ConvertError, match=r"alice/x/README\.md: the metadata on top cannot be read"):
         cards.parse("---\na: [\n---\n", "alice/x/README.md")
+
+
+def test_other_people_s_broken_cards_do_not_stop_a_push_and_ours_do(hub, push, out):
+    base = hub.store.create(BASE, "somebody", private=False)
+    hub.store.edit(BASE, "README.md", b"---\nlicense: [\n---\n")
+    from_hub(out)
+    path = out / "conversion.json"
+    path.write_text(path.read_text().replace(REVISION, base.refs["main"]))
+    assert "states no licence, or cannot be seen" in push(out, REPO, "--yes", status=1).err
+    (out / "README.md").write_bytes(b"caf\xe9")
+    assert "README.md: is not text in UTF-8" in push(out, REPO, "--yes", "--license", "mit", status=1).err
+    (out / "README.md").write_bytes(b"\xef\xbb\xbf---\ntags: [mine]\n---\nMy words.\n")
+    push(out, REPO, "--yes", "--license", "mit")
+    card = ModelCard(hub.store.text(REPO, "README.md"))
+    assert "mine" in card.data.tags
+    assert card.text.startswith("My words.")
 
 
 def test_the_licence_and_edits_come_from_the_hub(hub, push, out):

@@ -1,13 +1,22 @@
 """What becomes of a repo: loaded, trained, saved and pushed again in every way, it always keeps its code."""
 
 import json
+from pathlib import Path
 
 import pytest
+import transformers
 
 import fat5.model
 from fat5.model import AUTO_MAP, RUNTIME_FILES
+from fat5convert.convert import convert
 
 REPO, MINE = "alice/tiny-fat5", "alice/mine"
+HEADLESS_AND_HEADS = [
+    "T5EncoderModel",
+    "T5ForSequenceClassification",
+    "T5ForTokenClassification",
+    "T5ForQuestionAnswering",
+]
 
 
 @pytest.fixture
@@ -49,6 +58,24 @@ def test_every_intermediate_push_of_a_trainer_loads(hub, user, repo, tmp_path):
     for commit in commits:
         assert_whole(hub, MINE, commit.oid)
     user("check", repo=MINE, file=kept)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [None, *HEADLESS_AND_HEADS])
+def test_what_the_card_says_of_loading_works(hub, push, user, repo, tmp_path, name):
+    """Of every kind of model, since each has an auto-class of its own."""
+    if name is not None:
+        push(write_converted(tmp_path, name), MINE, "--yes", "--license", "mit", "--public")
+    user("run_card", repo=REPO if name is None else MINE)
+
+
+def write_converted(folder: Path, name: str) -> Path:
+    sizes = {"vocab_size": 384, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
+    model = getattr(transformers, name)(transformers.T5Config(**sizes, decoder_start_token_id=0))
+    model.save_pretrained(folder / "stock")
+    transformers.ByT5Tokenizer().save_pretrained(folder / "stock")
+    convert(str(folder / "stock"), folder / "fat5")
+    return folder / "fat5"
 
 
 @pytest.mark.slow

@@ -75,7 +75,8 @@ def test_a_new_version_replaces_what_is_ours_and_keeps_what_is_not(hub, push, ou
 def test_dry_run_lists_all_and_changes_nothing(hub, push, out):
     done = push(out, REPO, "--dry-run", "--license", "mit", "--public")
     assert not hub.store.repos
-    assert {r.method for r in hub.server.requests} == {"GET"}
+    asked = {(r.method, r.path) for r in hub.server.requests if r.method != "GET"}
+    assert asked == {("POST", "/api/validate-yaml")}, "which keeps nothing"
     lines = [line.split() for line in done.out.splitlines() if line.startswith("  upload")]
     listed = {line[3]: (int(line[1].replace(",", "")), line[2]) for line in lines}
     assert set(listed) == {path.name for path in out.iterdir()} | {"README.md"}
@@ -84,6 +85,24 @@ def test_dry_run_lists_all_and_changes_nothing(hub, push, out):
     assert "license: mit" in done.out
     assert "## How to load" in done.out
     assert "new, public" in done.out
+
+
+def test_dry_run_of_a_second_push_lists_what_is_there_too(hub, push, out):
+    push(out, REPO, *YES)
+    again = push(out, REPO, "--dry-run")
+    listed = {line.split()[-1] for line in again.out.splitlines() if line.startswith("  there")}
+    assert listed == {path.name for path in out.iterdir()} | {"README.md"}
+    unseen = push(out, REPO, "--dry-run", "--license", "mit", token=None)
+    assert "not logged in" in unseen.err
+    assert "private repo looks as if it were not there" in unseen.err
+
+
+def test_a_card_that_the_hub_does_not_take_stops_before_anything_is_made(hub, push, out):
+    for how in ("--dry-run", "--yes"):
+        refused = push(out, REPO, how, "--license", "Apache 2", status=1)
+        assert '"license" must be one of' in refused.err
+        assert "--license" in refused.err
+    assert not hub.store.repos
 
 
 def test_only_files_of_a_repo_go_and_the_others_are_named(hub, push, out, tmp_path):
@@ -144,6 +163,8 @@ def test_pull_request_branch_and_visibility(hub, push, out):
     assert "NOTICE" in repo.at("refs/pr/1").files
     assert "NOTICE" not in repo.main.files
     (out / "NOTICE").write_text("a longer notice")
+    assert "has no refs/pr/7" in push(out, REPO, "--yes", "--revision", "refs/pr/7", status=1).err
+    assert "refs/pr/7" not in repo.refs
     push(out, REPO, "--yes", "--revision", "refs/pr/1")
     assert hub.store.text(REPO, "NOTICE", "refs/pr/1") == "a longer notice"
 
@@ -176,6 +197,10 @@ def test_at_a_terminal_it_asks(hub, push, out):
     assert not hub.store.repos
     push(out, REPO, typed="mit\ny\n")
     assert "license: mit" in hub.store.text(REPO, "README.md")
+    hub.store.edit(REPO, "model.safetensors", b"of an earlier push")
+    asked = push(out, REPO, typed="n\n", status=1)
+    assert "  delete model.safetensors" in asked.out, "before the question"
+    assert "model.safetensors" in hub.store.repos[REPO].main.files
 
 
 def test_logins(hub, push, out):
@@ -217,6 +242,10 @@ def test_the_token_goes_nowhere_else(hub, push, out, tmp_path):
         assert WRITES.encode() not in request.body
         assert WRITES not in request.path + json.dumps(request.query)
     assert all(WRITES not in text for one in done for text in (one.out, one.err))
+    for spoilt in ("hf_alice\nhalf_of_it", "hf_alice half_of_it", "hf_\xe9_half_of_it"):
+        refused = push(out, REPO, *YES, "--token-from-env", status=1, HF_TOKEN=spoilt)
+        assert "copy it again" in refused.err
+        assert "half_of_it" not in refused.out + refused.err
     for path in [*out.rglob("*"), *push.home.rglob("*")]:
         assert not path.is_file() or path.name == "token" or WRITES.encode() not in path.read_bytes(), path
 

@@ -1,7 +1,9 @@
 """What goes wrong on the way: it ends in success, or in a message and a state from which the same command goes on."""
 
+import json
+
 import pytest
-from hub_http import Fault
+from hub_http import Answer, Fault
 
 REPO = "alice/tiny-fat5"
 YES = ("--yes", "--license", "apache-2.0")
@@ -81,6 +83,50 @@ def test_a_full_repo_says_so_and_goes_on_when_there_is_room(hub, push, out):
     hub.store.capacity = None
     push(out, REPO, *YES)
     assert complete(hub, out)
+
+
+def test_a_rate_limit_is_not_taken_for_a_full_repo(hub, push, out):
+    """The Hub's words for it have a quota in them as well."""
+    limited = Answer.error(
+        429, "We had to rate limit you, you hit the quota of 1000 api requests per 5 minutes period."
+    )
+    hub.answering = lambda request: limited
+    try:
+        failed = push(out, REPO, *YES, status=1)
+    finally:
+        hub.answering = None
+    assert "no room" not in failed.err
+    assert "Give the same command again" in failed.err
+
+
+@pytest.mark.parametrize("file", ["README.md", pytest.param("runtime_files.py", marks=SLOW)])
+def test_what_does_not_come_down_is_not_taken_for_missing(hub, push, out, file):
+    """Else a card that people have edited would be written anew, and old code would stay."""
+    hub.store.create(REPO, "alice", private=True)
+    hub.store.edit(REPO, "README.md", b"My words.\n")
+    hub.store.edit(REPO, "runtime_files.py", b'RUNTIME_FILES = ("ops_gone.py",)\n')
+    hub.store.edit(REPO, "ops_gone.py", b"# of an earlier version")
+    hub.server.faults.append(Fault("HEAD", f"{REPO}/resolve/.*/{file}", 403))
+    push(out, REPO, *YES, status=1)
+    assert len(hub.store.repos[REPO].titles()) == 4
+    push(out, REPO, *YES)
+    assert "My words." in hub.store.text(REPO, "README.md")
+    assert "ops_gone.py" not in hub.store.repos[REPO].main.files
+
+
+@SLOW
+def test_a_base_model_s_card_that_does_not_come_down_is_not_taken_for_missing(hub, push, out):
+    base = "somebody/tiny-t5"
+    commit = hub.store.create(base, "somebody", private=False).refs["main"]
+    conversion = json.loads((out / "conversion.json").read_text())
+    conversion["source"] |= {"name": base, "revision": commit}
+    (out / "conversion.json").write_text(json.dumps(conversion))
+    hub.server.faults.append(Fault("HEAD", f"{base}/resolve/", 400))
+    failed = push(out, REPO, *YES, status=1)
+    assert "the Hub refuses" in failed.err
+    assert REPO not in hub.store.repos
+    push(out, REPO, *YES)
+    assert f"base_model: {base}" in hub.store.text(REPO, "README.md"), "there is no card, which is no fault"
 
 
 def test_a_lost_answer_opens_no_second_pull_request(hub, push, out):

@@ -1,14 +1,18 @@
 """What is refused before anything is sent, and that a repo is loaded as others will."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import ByT5Tokenizer
 
 from fat5convert.errors import ConvertError
 from fat5convert.publish import load_check
+from fat5convert.publish.load_once import check_vocabulary
 from fat5convert.publish.preflight import check
+from fat5convert.publish.sections import sections
 
 
 @pytest.fixture
@@ -43,6 +47,11 @@ def test_code_that_is_missing_or_elsewhere(out, loads):
     assert "which is not a file of this folder" in refused(out)
     edit(out / "config.json", auto_map=auto_map | {"AutoModel": "modeling_flash_t5.FlashT6Model"})
     assert "has no FlashT6Model" in refused(out)
+    edit(out / "config.json", auto_map=auto_map, architectures=[])
+    assert "no entry of auto_map is the architecture" in refused(out)
+    path = out / "ops_rms_norm.py"
+    path.write_text(path.read_text() + "\nimport einops\n")
+    assert "ops_rms_norm.py imports einops" in refused(out)
     edit(out / "config.json", auto_map=None)
     assert "no auto_map" in refused(out)
 
@@ -71,10 +80,58 @@ def test_a_tokenizer_that_the_source_had(out, loads):
     assert not check(out).tokenizer
 
 
+@pytest.mark.parametrize("name", ["generation_config.json", "added_tokens.json", "tokenizer_config.json"])
+def test_a_file_that_the_conversion_wrote_and_is_gone(out, loads, name):
+    (out / name).unlink()
+    assert f"{name} is missing, which the conversion wrote" in refused(out)
+
+
+def test_a_tokenizer_without_its_vocabulary(out, tmp_path):
+    """Which transformers 5 makes without complaint, of a hundred tokens."""
+    check_vocabulary(ByT5Tokenizer(), tmp_path)
+    stub = SimpleNamespace(vocab_files_names={"vocab_file": "spiece.model", "tokenizer_file": "tokenizer.json"})
+    with pytest.raises(ValueError, match=r"no vocabulary: none of spiece\.model, tokenizer\.json"):
+        check_vocabulary(stub, tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    check_vocabulary(stub, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_trained_model_that_lost_its_vocabulary(out):
+    (out / "conversion.json").unlink()
+    (out / "parity.json").unlink()
+    (out / "added_tokens.json").unlink()
+    (out / "training.json").write_text("{}")
+    (out / "tokenizer_config.json").write_text('{"tokenizer_class": "T5Tokenizer"}')
+    assert "does not load" in refused(out)
+
+
+MALFORMED = [
+    ("parity.json", {"models": {"implementations": 1}}),
+    ("conversion.json", {"rounding": {"shared.weight": {}}}),
+    ("conversion.json", {"source": []}),
+    ("training.json", {"steps": "many"}),
+    ("training.json", {"first_evaluation": {"eval_loss": None}, "last_evaluation": {"eval_loss": None}}),
+]
+
+
+@pytest.mark.parametrize(("name", "changes"), MALFORMED)
+def test_figures_that_no_card_can_be_made_of_are_named(out, loads, name, changes):
+    known = json.loads((out / name).read_text()) if (out / name).exists() else {}
+    (out / name).write_text(json.dumps(known | changes))
+    ready = check(out)
+    with pytest.raises(ConvertError, match=rf"{name}: is not as FAT5 writes it"):
+        sections(ready, None, "alice/x", {})
+
+
 def test_links_and_what_is_no_fat5(out, loads, tmp_path):
     (out / "generation_config.json").rename(tmp_path / "elsewhere.json")
     (out / "generation_config.json").symlink_to(tmp_path / "elsewhere.json")
     assert "generation_config.json: a link that leads out of the folder" in refused(out)
+    (out / "generation_config.json").unlink()
+    (out / ".env").write_text("secret")
+    (out / "generation_config.json").symlink_to(out / ".env")
+    assert "generation_config.json: a link to .env, which is not published" in refused(out)
     edit(out / "config.json", model_type="t5")
     assert "convert it first" in refused(out)
 
@@ -91,7 +148,7 @@ def test_it_is_loaded_in_a_fresh_process(out, monkeypatch):
 @pytest.mark.slow
 def test_a_repo_that_needs_fat5_is_refused(out):
     path = out / "ops_rms_norm.py"
-    path.write_text(path.read_text() + "\nimport fat5.model\n")
+    path.write_text(path.read_text() + "\n__import__('fat5.model')\n")  # as no reading of the imports finds it
     assert "does not load where only torch and transformers are installed" in (message := refused(out))
     assert "fat5" in message
 

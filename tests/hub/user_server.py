@@ -4,7 +4,11 @@ Each starts with nothing in the cache but what it downloads itself.
 """
 
 import os
+import re
 import sys
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -12,6 +16,7 @@ import transformers
 from fork_server import serve
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, Trainer, TrainingArguments
 
+EVERY = {"save_strategy": "steps", "save_steps": 1, "hub_strategy": "every_save", "hub_always_push": True}
 IDS = torch.arange(3, 27).view(2, 12)
 
 
@@ -63,6 +68,17 @@ def check(repo: str, file: str | None = None, tokenizer: bool = True, **options)
     assert not any(name.split(".")[0] == "fat5" for name in sys.modules)
 
 
+def run_card(repo: str) -> None:
+    """Do what its card says of how to load it."""
+    from huggingface_hub import ModelCard
+
+    (code,) = re.findall(r"```python\n(.*?)```", ModelCard.load(repo).text, re.DOTALL)
+    names: dict = {}
+    exec(code, names)
+    assert type(names["model"]).__name__ == names["model"].config.architectures[0]
+    assert "inputs" in names
+
+
 def save_and_push(repo: str, target: str, file: str) -> None:
     model = changed(repo)
     keep(model, file)
@@ -95,8 +111,7 @@ def train_and_push(repo: str, target: str, file: str, folder: str) -> None:
 
 def train_pushing_every_save(repo: str, target: str, file: str, folder: str) -> None:
     """A push after each checkpoint, and no other: as if the run had been killed before its last."""
-    every = {"save_strategy": "steps", "save_steps": 1, "hub_strategy": "every_save", "hub_always_push": True}
-    training = trainer(load(repo), folder, target, repo, **every)
+    training = trainer(load(repo), folder, target, repo, **EVERY)
     training.train()
     training._finish_current_push()
     keep(training.model, file)
@@ -116,23 +131,55 @@ def merge_and_push(repo: str, target: str, file: str) -> None:
     merged.push_to_hub(target)
 
 
-def shard_and_push(repo: str, target: str, file: str, folder: str) -> None:
-    """FSDP2, of a group of this one process."""
+def together(work: Callable[[int], None], folder: str) -> None:
+    """Do it in two processes, of which this one is the first, that make a group."""
     from torch import distributed as dist
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-    from torch.distributed.fsdp import fully_shard
 
     Path(folder).mkdir()
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
-    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
-    model = changed(repo)
-    keep(model, file)
-    for block in [*model.encoder.block, *model.decoder.block]:
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    assert type(model).__name__ == "FSDPFlashT5ForConditionalGeneration"
-    whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    model.save_pretrained(f"{folder}/model", state_dict=whole)
+    second = os.fork()
+    rank = 0 if second else 1
+    status = 1
+    try:
+        dist.init_process_group(
+            "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=100)
+        )
+        work(rank)
+        status = 0
+    finally:
+        if rank == 1:
+            if status:
+                traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(status)
+    assert os.waitpid(second, 0)[1] == 0
+
+
+def shard_and_push(repo: str, target: str, file: str, folder: str) -> None:
+    """A step of FSDP2, saved as `Trainer` does it, which itself shards on GPUs alone."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    def work(rank: int) -> None:
+        mesh = init_device_mesh("cpu", (2,))
+        model = changed(repo)
+        for block in [*model.encoder.block, *model.decoder.block]:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        assert type(model).__name__ == "FSDPFlashT5ForConditionalGeneration"
+        assert all(isinstance(weight, DTensor) for weight in model.parameters())
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        model(input_ids=IDS, labels=IDS[:, :5]).loss.backward()
+        optimizer.step()
+        whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        if rank == 0:
+            alone = load(repo)
+            alone.load_state_dict(whole)
+            keep(alone, file)
+        model.save_pretrained(f"{folder}/model", state_dict=whole, is_main_process=rank == 0)
+
+    together(work, folder)
     upload(f"{folder}/model", target)
 
 
@@ -154,6 +201,7 @@ ACTIONS = {
     action.__name__: action
     for action in (
         check,
+        run_card,
         save_and_push,
         train_and_push,
         train_pushing_every_save,

@@ -104,7 +104,7 @@ MASKS = {
     "cross, left": ({"cross": True, "key_mask": LEFT, "query_length": 3}, "packed"),
     "cross, holes": ({"cross": True, "key_mask": HOLES, "query_length": 3}, "packed"),
     "cross, left, one query": ({"cross": True, "key_mask": LEFT, "query_length": 1}, "dense"),
-    "cross, right, one query": ({"cross": True, "key_mask": RIGHT, "query_length": 1}, "lengths"),
+    "cross, right, one query": ({"cross": True, "key_mask": RIGHT, "query_length": 1}, "dense"),
     "cross, segments": (
         {"cross": True, "query_segments": SEGMENTS[:, 1:], "key_segments": SEGMENTS, "query_length": 3},
         "packed",

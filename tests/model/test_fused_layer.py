@@ -5,7 +5,7 @@ Without a GPU the tests that need kernels run in a process that interprets them.
 
 import pytest
 import torch
-from interpreter import DEVICE, INTERPRETED, needs_kernels, run_interpreted, serve_layers
+from interpreter import DEVICE, HAS_KERNELS, INTERPRETED, needs_kernels, run_interpreted, serve_layers
 from model_parity import batch, build_flash, build_stock, relative_error
 from peft import LoraConfig, get_peft_model
 from torch.autograd import forward_ad
@@ -170,25 +170,40 @@ def test_hidden_states_are_sums(kernels):
 
 
 @pytest.mark.skipif(INTERPRETED, reason="real widths")
-def test_residual_in_fp32_tracks_fp32():
-    """Encoder outputs at the shape of flan-t5-small: bf16's error at every quantile well below stock's."""
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"d_model": 512, "d_kv": 64, "d_ff": 1024, "num_layers": 8, "num_heads": 6},
+        pytest.param(
+            {"d_model": 2048, "d_kv": 64, "d_ff": 5120, "num_layers": 24, "num_heads": 32}, marks=pytest.mark.gpu
+        ),
+    ],
+    ids=["small", "xl"],
+)
+def test_residual_in_fp32_tracks_fp32(shape):
+    """Encoder outputs at the shapes of flan-t5-small and -xl: bf16's error at every quantile half of stock's at most.
+
+    Without the kernels, which round less, it is still well below.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    shape = {"vocab_size": 99, "d_model": 512, "d_kv": 64, "d_ff": 1024, "num_layers": 8, "num_heads": 6}
+    shape = {"vocab_size": 99, **shape}
     stock = build_stock("t5_v1_1", **shape, num_decoder_layers=1).to(device)
     with torch.no_grad():
         for name, weight in stock.named_parameters():  # as T5 is initialised, and exact in bf16
             if weight.ndim == 2 and "relative" not in name and "shared" not in name:
-                weight.normal_(0, weight.shape[1] ** -0.5 * (0.125 if ".q." in name else 1))
+                weight.normal_(0, weight.shape[1] ** -0.5 * (shape["d_kv"] ** -0.5 if ".q." in name else 1))
             weight.copy_(weight.bfloat16().float())
-    flash = build_flash("t5_v1_1", stock, **shape, num_decoder_layers=1).to(device)
+    flash = build_flash("t5_v1_1", stock, "fat5", **shape, num_decoder_layers=1).to(device)
     ids = torch.randint(99, (2, 64), device=device)
     with torch.no_grad():
         exact = stock.encoder(ids).last_hidden_state
         states = [model.bfloat16().encoder(ids).last_hidden_state for model in (stock, flash)]
     assert states[1].dtype == torch.bfloat16
     errors = [(x.float() - exact).abs().flatten() for x in states]
-    for quantile in (0.5, 0.9, 0.99, 0.999, 0.9999):
-        assert errors[1].quantile(quantile) < 0.75 * errors[0].quantile(quantile)
+    quantiles = torch.tensor([0.5, 0.9, 0.99, 0.999, 0.9999], device=device)
+    ratios = errors[1].quantile(quantiles) / errors[0].quantile(quantiles)
+    print("bf16 error as a share of stock's:", [round(ratio, 3) for ratio in ratios.tolist()])
+    assert (ratios <= (0.5 if HAS_KERNELS else 0.75)).all(), ratios
 
 
 @needs_kernels

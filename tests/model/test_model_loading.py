@@ -77,3 +77,38 @@ def test_without_a_second_copy(options, saved, tmp_path):
     assert not any(weight.is_meta for weight in loaded.state_dict().values())
     inputs = batch("left")
     assert torch.equal(loaded(**inputs).logits, saved(**inputs).logits)
+
+
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+
+
+@pytest.mark.gpu
+@two_gpus
+def test_kernels_run_where_their_tensors_are(saved):
+    """On the second GPU while the first is the current one: loss, gradients and tokens as on the first."""
+    inputs, results = batch("left"), []
+    for device in ("cuda:0", "cuda:1"):
+        model = saved.to(device)
+        model.zero_grad()
+        given = {name: value.to(device) for name, value in inputs.items()}
+        with torch.cuda.device(0):
+            loss = model.train()(**given).loss
+            loss.backward()
+            tokens = model.eval().generate(given["input_ids"], attention_mask=given["attention_mask"], max_new_tokens=6)
+        results.append([x.detach().cpu().clone() for x in (loss, tokens, *(p.grad for p in model.parameters()))])
+    for other, expected in zip(*results, strict=True):
+        assert relative_error(other.float(), expected.float()) < 1e-4
+
+
+@pytest.mark.gpu
+@two_gpus
+@torch.no_grad()
+def test_a_model_over_two_gpus(saved, tmp_path):
+    share = int(0.6 * size(saved))
+    loaded = FlashT5ForConditionalGeneration.from_pretrained(
+        tmp_path, device_map="auto", max_memory={0: share, 1: share, "cpu": "1GB"}
+    )
+    assert {0, 1} <= set(loaded.hf_device_map.values())
+    inputs = batch("right")
+    logits = loaded(**{name: value.cuda() for name, value in inputs.items()}).logits.cpu()
+    assert relative_error(logits, saved(**inputs).logits) < 1e-3

@@ -142,6 +142,26 @@ def test_copying_onto_itself_is_harmless(tmp_path):
     assert all((SOURCE / name).stat().st_size > 0 for name in RUNTIME_FILES)
 
 
+def test_somebody_else_s_files_survive(tmp_path):
+    (tmp_path / "attention.py").write_text("# of a project that is not FAT5's")
+    copy_runtime_files(tmp_path)
+    assert (tmp_path / "attention.py.before_flash_t5").read_text() == "# of a project that is not FAT5's"
+    (tmp_path / "attention.py").write_text("# of an earlier version of FAT5")
+    copy_runtime_files(tmp_path)
+    assert (tmp_path / "attention.py").read_bytes() == (SOURCE / "attention.py").read_bytes()
+    assert {path.name for path in tmp_path.iterdir()} - {*RUNTIME_FILES} == {"attention.py.before_flash_t5"}
+
+
+def test_only_a_trainer_s_checkpoint_puts_code_into_the_folder_above(tmp_path):
+    """Which `Trainer` pushes; tests/hub has it do so. Whoever saves by hand has other things there."""
+    model = new_model()
+    model.save_pretrained(tmp_path / "mine" / "checkpoint-5")
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["checkpoint-5"]
+    model.save_pretrained(tmp_path / "trainer" / "checkpoint-5", state_dict=None)
+    assert {path.name for path in (tmp_path / "trainer").iterdir()} == {"checkpoint-5", *RUNTIME_FILES}
+    assert_complete(tmp_path / "trainer" / "checkpoint-5")
+
+
 @pytest.fixture
 def registered():
     """The way of those who import FAT5 and use the auto-classes without remote code."""

@@ -17,7 +17,8 @@ from fat5.cli import main
 
 
 def child(request: dict) -> None:
-    """Be the command. `most_bytes` bounds a file's size, as a full disk would."""
+    """Be the command, with a group of its own. `most_bytes` bounds a file's size, as a full disk would."""
+    os.setpgid(0, 0)
     output = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)

@@ -3,6 +3,8 @@
 import json
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from fat5.train.checkpoints import MARKER, STAGING, choose, defect, newest, rotate, seal
 from fat5.train.errors import TrainingError
@@ -20,7 +22,7 @@ def folder(tmp_path):
 
 def write(path, text="weights"):
     (path / "sharded").mkdir(parents=True)
-    (path / "model.safetensors").write_text(text)
+    (path / "weights").write_text(text)
     (path / "sharded" / "0.distcp").write_text("state")
 
 
@@ -50,19 +52,19 @@ def test_a_sealed_folder_has_its_name_and_nothing_else_is_left(tmp_path):
     seal(tmp_path / STAGING, tmp_path / "checkpoint-8")
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-8"]
     assert json.loads((tmp_path / "checkpoint-8" / MARKER).read_text())["files"] == {
-        "model.safetensors": 7,
         "sharded/0.distcp": 5,
+        "weights": 7,
     }
     write(tmp_path / STAGING, "other weights")  # the run came by there again
     seal(tmp_path / STAGING, tmp_path / "checkpoint-8")
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-8"]
-    assert (tmp_path / "checkpoint-8" / "model.safetensors").read_text() == "other weights"
+    assert (tmp_path / "checkpoint-8" / "weights").read_text() == "other weights"
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda f: (f / "model.safetensors").write_text("weigh"), "model.safetensors has 5 bytes where 7 were written"),
+        (lambda f: (f / "weights").write_text("weigh"), "weights has 5 bytes where 7 were written"),
         (lambda f: (f / "sharded" / "0.distcp").unlink(), "sharded/0.distcp is missing"),
         (lambda f: (f / MARKER).write_text('{"files": {"mod'), f"{MARKER} is damaged"),
     ],
@@ -72,6 +74,23 @@ def test_a_damaged_one_is_told_of_and_passed_over(folder, capsys, damage, messag
     assert defect(folder / "checkpoint-20") == message
     assert newest(folder) == folder / "checkpoint-8"
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["trainer_state.json", "model.safetensors", "optimizer.pt", "rng_state_0.pth"])
+def test_other_bytes_than_were_written_are_told_by_the_form_of_a_file(folder, name):
+    write(folder / STAGING)
+    path = folder / STAGING / name
+    if name.endswith(".json"):
+        path.write_text('{"step": 3}')
+    elif name.endswith(".safetensors"):
+        save_file({"a": torch.ones(3)}, path)
+    else:
+        torch.save({"a": torch.ones(3)}, path)
+    seal(folder / STAGING, folder / "checkpoint-20")
+    assert defect(folder / "checkpoint-20") is None
+    (folder / "checkpoint-20" / name).write_bytes(b"?" * (folder / "checkpoint-20" / name).stat().st_size)
+    assert defect(folder / "checkpoint-20") == f"{name} is damaged"
+    assert newest(folder) == folder / "checkpoint-8"
 
 
 def test_the_oldest_go_first(folder):

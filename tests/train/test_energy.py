@@ -26,6 +26,7 @@ def test_what_the_tracker_measured_is_kept(tmp_path, monkeypatch):
     energy = Energy()
     make_trainer(tmp_path / "run", steps=1, callbacks=[energy], eval_strategy="no").train()
     assert energy.kwh == 0.25
+    assert energy.fact.startswith("0.25 kWh")
 
 
 def test_without_codecarbon_nothing_is_measured(tmp_path, monkeypatch):
@@ -33,4 +34,5 @@ def test_without_codecarbon_nothing_is_measured(tmp_path, monkeypatch):
     energy = Energy()
     make_trainer(tmp_path / "run", steps=1, callbacks=[energy], eval_strategy="no").train()
     assert energy.kwh is None
+    assert energy.fact == "not measured (codecarbon is not installed)"
     assert json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[0])["tokens"] > 0

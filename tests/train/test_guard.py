@@ -64,6 +64,9 @@ def test_a_skipped_step_changes_nothing_and_the_run_goes_on(tmp_path, optimizer)
     assert len(losses(trainer)) == 6  # the entries of the skipped steps have none
     assert all(map(math.isfinite, losses(trainer)))
     assert trainer.state.log_history[-2]["skipped_steps"] == 2
+    lines = (tmp_path / "log.jsonl").read_text().splitlines()
+    entries = [json.loads(line, parse_constant=pytest.fail) for line in lines]  # JSON that any program reads
+    assert [e["step"] for e in entries if e.get("grad_norm", 0.0) is None] == [3, 6]
     state = trainer.optimizer.state[trainer.model.lm_head.weight]
     assert int(state["step"]) == 6
     assert trainer.state.global_step == 8
@@ -103,6 +106,8 @@ def test_what_was_skipped_before_an_interruption_counts_after_it(tmp_path):
     trainer.args.save_steps = trainer.state.save_steps = 4
     with pytest.raises(TrainingError, match="1 steps were skipped already"):
         trainer.train()
+    with (tmp_path / "bad_steps.jsonl").open("a") as file:
+        file.write('{"step": 8, "rea')  # killed while it was written
     resumed, _ = spoilt(tmp_path, [6], math.nan, guard)
     with pytest.raises(TrainingError, match="1 steps were skipped already"):
         resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoints" / "checkpoint-4"))

@@ -127,10 +127,12 @@ def test_runs_killed_at_random_moments_end_as_the_undisturbed_one(server, settin
 
 
 def when_logged(out: Path, number: int):
+    """Send a signal to all of a run's processes, as torchrun, Slurm and a terminal do."""
+
     def interrupt(process: int) -> None:
         while not (out / "log.jsonl").is_file() or '"loss"' not in (out / "log.jsonl").read_text():
             time.sleep(0.01)
-        os.kill(process, number)
+        os.killpg(process, number)
 
     return interrupt
 
@@ -138,7 +140,8 @@ def when_logged(out: Path, number: int):
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_saves_and_stops_with_a_status_of_its_own(server, settings, undisturbed, tmp_path, number):
     out = tmp_path / "out"
-    status, output = server.run(settings(out), tmp_path / "output", when_logged(out, number))
+    workers = settings(out, training__loader_workers=1)
+    status, output = server.run(workers, tmp_path / "output", when_logged(out, number))
     assert status == STOPPED, output
     assert f"stopped by {number.name}; everything is saved in {out}/checkpoints/checkpoint-" in output
     assert "the same command continues the run" in output
@@ -192,7 +195,9 @@ def test_a_damaged_shard_of_the_data_is_named(server, settings, toy, undisturbed
             os.truncate(shard, shard.stat().st_size - 2)
         else:
             shard.write_bytes(b"\xff" * shard.stat().st_size)
-    status, output = server.run(settings(tmp_path / "out", data__cache=tmp_path / "tokens"), tmp_path / "output")
+    workers = 1 if damage == "garbage" else 0  # found by a process that prepares batches
+    changes = {"data__cache": tmp_path / "tokens", "training__loader_workers": workers, "data__evaluation": "[]"}
+    status, output = server.run(settings(tmp_path / "out", **changes), tmp_path / "output")
     assert status == 1, output
     assert "Traceback" not in output
     assert ("example" if damage == "garbage" else "shard-00000.tokens") in output

@@ -10,6 +10,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from fat5.cli import main
 
@@ -77,6 +78,28 @@ def test_what_cannot_start_is_found(toy, tmp_path, changes, message):
     assert message in result.output
     assert "Traceback" not in result.output
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("parallel", "each"), [("ddp", 12), ("fsdp", 16)])
+def test_the_size_of_a_checkpoint_is_foretold(toy, tmp_path, parallel, each):
+    """fp32 weights and AdamW's two moments and, of a sharded run, the weights as a whole too."""
+    fresh = "{d_model: 128, d_kv: 16, num_layers: 2}"
+    result = dry_run(toy.settings(tmp_path / "out", model__fresh=fresh, training__parallel=parallel))
+    parameters = int(re.search(r"model: ([\d,]+) parameters", result.output)[1].replace(",", ""))
+    foretold = float(re.search(r"disk: ([\d.]+) MiB a checkpoint", result.output)[1])
+    assert foretold == pytest.approx(parameters * each / 2**20, abs=0.06)
+
+
+def test_a_tokenizer_of_more_ids_than_the_model_has_rows_is_found(toy, tmp_path):
+    shutil.copytree(toy.model, tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(toy.stock)
+    tokenizer.add_tokens([f"word{n}" for n in range(27)])
+    tokenizer.save_pretrained(tmp_path / "model")
+    result = dry_run(toy.settings(tmp_path / "out", model__path=tmp_path / "model"))
+    assert result.exit_code == 1
+    assert (
+        f"the tokenizer in model.path {tmp_path / 'model'} has 65 ids, and the model 64 embedding rows" in result.output
+    )
 
 
 def test_damaged_weights_are_found(toy, tmp_path):

@@ -15,11 +15,14 @@ from transformers import AutoModelForSeq2SeqLM
 
 from fat5.cli import COMMANDS, main
 from fat5.model import FlashT5ForConditionalGeneration
+from fat5.train.continuation import Claim
 from fat5.train.data import load_data
+from fat5.train.folder import RunFolder
 from fat5.train.load import add_rows, load_tokenizer
 from fat5.train.recipe import load_recipe
 from fat5.train.run import pretrain
 from fat5.train.throughput import CLOCKED
+from fat5.train.trainer import PretrainingTrainer
 
 SMOKE = Path(__file__).parents[2] / "recipes" / "smoke.yaml"
 
@@ -40,7 +43,17 @@ def test_what_a_run_leaves(toy, tmp_path):
     assert result.exit_code == 0, result.output
     assert "all denoisers" in result.output
     out = tmp_path / "out"
-    files = {"recipe.yaml", "log.jsonl", "loss.png", "report.html", "samples.json", "checkpoints", "model"}
+    files = {
+        ".lock",
+        "recipe.yaml",
+        "corpora.json",
+        "log.jsonl",
+        "loss.png",
+        "report.html",
+        "samples.json",
+        "checkpoints",
+        "model",
+    }
     assert {p.name for p in out.iterdir()} == files
     samples = json.loads((out / "samples.json").read_text())
     assert [s["denoiser"] for s in samples["before"]] == [s["denoiser"] for s in samples["after"]]
@@ -72,9 +85,19 @@ def trained(toy, tmp_path_factory) -> Path:
     return out
 
 
-def test_the_trained_repo_keeps_the_dropout_of_the_model(toy, tmp_path):
-    out = tmp_path / "out"
-    assert run(toy.settings(out, model__dropout_rate=0.4)).exit_code == 0
+def test_the_trained_repo_keeps_the_dropout_of_the_model(toy, tmp_path, monkeypatch):
+    """Though what it was loaded from is no longer there at the end."""
+    out, model = tmp_path / "out", tmp_path / "model"
+    shutil.copytree(toy.model, model)
+    train = PretrainingTrainer.train
+
+    def and_remove(self, *args, **kwargs):
+        shutil.rmtree(model)
+        return train(self, *args, **kwargs)
+
+    monkeypatch.setattr(PretrainingTrainer, "train", and_remove)
+    result = run(toy.settings(out, model__path=model, model__dropout_rate=0.4, evaluation__samples=0))
+    assert result.exit_code == 0, result.output
     own = json.loads((toy.model / "config.json").read_text())["dropout_rate"]
     assert own != 0.4
     assert json.loads((out / "model" / "config.json").read_text())["dropout_rate"] == own
@@ -129,6 +152,22 @@ def test_the_split_into_forward_passes_does_not_change_the_run(toy, tmp_path):
         assert entry == pytest.approx(expected, rel=1e-4)
 
 
+def test_tensorboard_gets_what_the_log_has(toy, tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator").EventAccumulator
+    out = tmp_path / "out"
+    assert run(toy.settings(out, output__report_to="[tensorboard]", evaluation__samples=0)).exit_code == 0
+    [folder] = (out / "checkpoints" / "runs").iterdir()
+    events = accumulator(str(folder))
+    events.Reload()
+    for name, key in (
+        ("train/loss", "loss"),
+        ("train/tokens_per_second", "tokens_per_second"),
+        ("eval/loss", "eval_loss"),
+    ):
+        expected = [e[key] for e in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if key in e]
+        assert [scalar.value for scalar in events.Scalars(name)] == pytest.approx(expected, rel=1e-6)
+
+
 def test_an_output_folder_that_cannot_be_made_is_named(toy, tmp_path):
     (tmp_path / "file").write_text("in the way")
     result = run(toy.settings(tmp_path / "file" / "out"))
@@ -146,10 +185,46 @@ def test_packed_batches_are_trained_on(toy, tmp_path, packing):
     assert figures[-1] < figures[0] - 0.1
 
 
-def test_another_recipe_does_not_continue_a_run(trained):
-    result = CliRunner().invoke(main, ["pretrain", str(trained / "recipe.yaml"), "--set", "training.seed=1"])
+@pytest.mark.parametrize("more", [[], ["--dry-run"]], ids=["run", "dry run"])
+def test_another_recipe_does_not_continue_a_run(trained, more):
+    result = CliRunner().invoke(main, ["pretrain", str(trained / "recipe.yaml"), "--set", "training.seed=1", *more])
     assert result.exit_code == 1
     assert "holds a run of another recipe (training.seed: 0 -> 1)" in result.output
+
+
+def test_other_text_does_not_continue_a_run(toy, tmp_path):
+    """Neither more of it nor another word; but the same, written anew, does."""
+    path, text = tmp_path / "train.txt", toy.train.read_text()
+    path.write_text(text)
+    changes = {"data__train": f"[{{files: ['{path}'], documents: line}}]", "output__save_every": 1}
+    settings = toy.settings(tmp_path / "out", **changes)
+    assert run(settings).exit_code == 0
+    again = ("--resume", str(tmp_path / "out" / "checkpoints" / "checkpoint-1"))
+    word, *rest = text.split(" ")
+    for other in (text + text, " ".join(["cat" if word != "cat" else "dog", *rest])):
+        path.write_text(other)
+        result = run(settings, *again)
+        assert result.exit_code == 1
+        assert f"the text of {path} is not what it was when the run" in " ".join(result.output.split())
+    path.write_text(text)
+    result = run(settings, *again)
+    assert result.exit_code == 0, result.output
+
+
+def test_two_runs_do_not_write_to_one_folder(toy, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    code = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
+    other = subprocess.Popen([sys.executable, "-c", code, str(out / ".lock")], stdin=-1, stdout=-1, text=True)
+    other.stdout.readline()
+    result = run(toy.settings(out, evaluation__samples=0))
+    assert result.exit_code == 1
+    assert f"another run is writing to {out}; wait for its end" in result.output
+    assert not (out / "recipe.yaml").exists()
+    other.kill()
+    other.communicate()
+    with Claim(RunFolder(out)):
+        pass
 
 
 def test_never_resuming_does_not_mix_runs(trained):

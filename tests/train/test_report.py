@@ -67,6 +67,14 @@ WHOLE = [
 ]
 
 
+def test_a_loss_beyond_what_its_perplexity_could_be_is_shown(tmp_path):
+    log = [{"step": 0, "eval_loss": 800.0, "eval_accuracy": 0.0}]
+    write_page(tmp_path / "p.html", title="", log=log, recipe="", samples={}, facts={})
+    page = Page()
+    page.feed((tmp_path / "p.html").read_text(encoding="utf-8"))
+    assert {"800.0000", "inf"} <= set(page.cells)
+
+
 class Page(HTMLParser):
     """Collects the texts of a page's cells, and what it would fetch."""
 

@@ -1,48 +1,39 @@
 """Training on streamed corpora: the same batches and losses, however often the run is stopped."""
 
-import hashlib
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
+from stream_processes import BLOCK, BLOCK_OF_ROWS, Used, recording
 
 import fat5.data.setup
 from fat5.cli import main
 from fat5.train.recipe import differences, load_recipe
 from fat5.train.stream_trainer import STATE_FILE, StreamTrainer
 
-SMOKE = Path(__file__).parents[2] / "recipes" / "smoke.yaml"
+HERE = Path(__file__).parent
+SMOKE = HERE.parents[1] / "recipes" / "smoke.yaml"
 
 
 @pytest.fixture
 def batches(monkeypatch):
     """The hashes of the batches that are used, in order; `stop_at` kills the run in the middle of that batch."""
     used = Used()
-    step = StreamTrainer.training_step
-
-    def record(self, model, inputs, *rest):
-        tensors = sorted((name, x.tolist()) for name, x in inputs.items() if isinstance(x, torch.Tensor))
-        used.append(hashlib.sha256(json.dumps(tensors).encode()).hexdigest())
-        if len(used) == used.stop_at:
-            raise KeyboardInterrupt
-        return step(self, model, inputs, *rest)
-
-    monkeypatch.setattr(StreamTrainer, "training_step", record)
+    monkeypatch.setattr(StreamTrainer, "training_step", recording(used, StreamTrainer.training_step))
     return used
 
 
 @pytest.fixture(autouse=True)
 def _blocks_of_the_size_of_the_toy(monkeypatch):
-    monkeypatch.setattr(fat5.data.setup, "_BLOCK", 24)
-    monkeypatch.setattr(fat5.data.setup, "_BLOCK_OF_ROWS", 6)
-
-
-class Used(list):
-    stop_at = -1
+    monkeypatch.setattr(fat5.data.setup, "_BLOCK", BLOCK)
+    monkeypatch.setattr(fat5.data.setup, "_BLOCK_OF_ROWS", BLOCK_OF_ROWS)
 
 
 def settings(toy, folder, out, kind, **changes):
@@ -114,6 +105,43 @@ def test_a_checkpoint_with_a_damaged_place_is_refused(toy, tmp_path):
     result = run(arguments)
     assert result.exit_code == 1
     assert f"checkpoint-2/{STATE_FILE}, which tells the place in the streamed corpora" in result.output
+
+
+def in_two_processes(folder, arguments, name, stop_at=-1):
+    """What two processes use of the stream, in the stream's order; whether they fail as they are told to."""
+    (folder / "settings.json").write_text(json.dumps(arguments))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    script = [HERE / "stream_processes.py", SMOKE, folder / "settings.json", folder / name, stop_at]
+    paths = os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    done = subprocess.run([*command, *map(str, script)], env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode == 0) == (stop_at < 0), done.stdout[-3000:] + done.stderr[-6000:]
+    ranks = [json.loads((folder / f"{name}-{rank}.json").read_text()) for rank in (0, 1)]
+    return [batch for step in zip(*ranks, strict=True) for batch in step]
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_stream_and_its_checkpoints_serve_any_number(toy, tmp_path, batches):
+    # Dropout is each process's own.
+    make = {"model__dropout_rate": 0.0, "data__packing": "segments", "data__evaluation": "[]"}
+    runs = {name: settings(toy, tmp_path, tmp_path / name, "both", **make) for name in ("one", "halved", "doubled")}
+    assert run(runs["one"]).exit_code == 0
+    expected = list(batches)
+    assert len(set(expected)) == 16
+    # Begun by two and continued by one, and the other way round; killed in the middle of step 5.
+    assert in_two_processes(tmp_path, runs["halved"], "halved", stop_at=5) == expected[:10]
+    batches.clear()
+    assert run(runs["halved"]).exit_code == 0
+    assert batches == expected[8:]
+    batches.clear()
+    batches.stop_at = 10
+    assert run(runs["doubled"]).exit_code != 0
+    assert batches == expected[:10]
+    assert in_two_processes(tmp_path, runs["doubled"], "doubled") == expected[8:]
+    weights = {name: load_file(tmp_path / name / "model" / "model.safetensors") for name in runs}
+    for key, weight in weights["one"].items():
+        for name in ("halved", "doubled"):
+            torch.testing.assert_close(weights[name][key], weight, rtol=1e-4, atol=2e-5, msg=f"{name} {key}")
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,8 @@ from fat5.train.trainer import PretrainingTrainer
 
 VOCABULARY = 48
 DENOISERS = ("copy", "reverse")
-SCALED = {"optimizer": "adamw_scale", "weight_decay": 0.1}
+# An epsilon that keeps Adam from blowing rounding in a near-zero gradient up to a whole step.
+SCALED = {"optimizer": "adamw_scale", "weight_decay": 0.1, "adam_epsilon": 1e-4}
 
 
 def toy_model(**changes: Any) -> FlashT5ForConditionalGeneration:
@@ -95,6 +96,10 @@ class NoTokenizer(PreTrainedTokenizerFast):
         Path(folder, "tokenizer.json").write_text("{}")
 
 
+# Where the trainers below compute; two_processes.py is run on GPUs too.
+ON_CPU = os.environ.get("TOY_DEVICE", "cpu") == "cpu"
+
+
 def make_trainer(
     folder: Path, *, steps=6, batch=8, micro=8, callbacks=(), model=None, guard=None, options=None, n=20, **changes
 ) -> PretrainingTrainer:
@@ -111,7 +116,7 @@ def make_trainer(
         "eval_strategy": "steps",
         "eval_steps": 3,
         "save_steps": 2,
-        "use_cpu": True,
+        "use_cpu": ON_CPU,
         "ddp_find_unused_parameters": False,
         "report_to": "none",
         "disable_tqdm": True,

@@ -8,16 +8,22 @@ from pathlib import Path
 
 import torch
 from accelerate.state import AcceleratorState
+from torch import Tensor
 from torch import distributed as dist
-from toy_training import SCALED, Gradients, losses, make_trainer, toy_model
+from torch.utils._pytree import tree_map_only
+from toy_training import ON_CPU, SCALED, Gradients, losses, make_trainer, toy_model
 from transformers import TrainerCallback
 
+from fat5.train.continuation import require_agreement
+from fat5.train.errors import TrainingError
+from fat5.train.folder import RunFolder
 from fat5.train.options import GuardOptions
 from fat5.train.recipe import load_recipe
 from fat5.train.run import pretrain
 from fat5.train.sharding import shard, whole_weights
 
 RANK = int(os.environ["RANK"])
+DEVICE = torch.device("cpu" if ON_CPU else f"cuda:{RANK}")
 
 
 def started(folder: Path, *, sharded=False, **changes):
@@ -25,7 +31,7 @@ def started(folder: Path, *, sharded=False, **changes):
     AcceleratorState._reset_state(reset_partial_state=True)
     model = toy_model()
     if sharded:
-        shard(model, torch.device("cpu"))
+        shard(model, DEVICE)
     return make_trainer(folder, model=model, eval_strategy="no", **changes)
 
 
@@ -34,8 +40,8 @@ def weights(trainer) -> dict:
 
 
 def keep(folder: Path, name: str, value) -> None:
-    """Save what the test is to look at; each process its own."""
-    torch.save(value, folder / f"{name}-{RANK}.pt")
+    """Save what the test is to look at, on the CPU; each process its own."""
+    torch.save(tree_map_only(torch.Tensor, Tensor.cpu, value), folder / f"{name}-{RANK}.pt")
 
 
 class Kill(TrainerCallback):
@@ -92,6 +98,11 @@ def main(folder: Path, recipe: Path) -> None:
     trainer.callback_handler.callbacks.insert(0, SpoilOne())
     trainer.train()
     keep(folder, "spoilt", (trainer.progress.skipped, weights(trainer)))
+
+    try:  # as if the machines had a folder each
+        require_agreement(RunFolder(folder), folder / f"checkpoint-{RANK}" if RANK else None)
+    except TrainingError as error:
+        keep(folder, "disagree", str(error))
 
     AcceleratorState._reset_state(reset_partial_state=True)
     pretrain(load_recipe(recipe, json.loads((folder / "settings.json").read_text())))

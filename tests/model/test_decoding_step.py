@@ -1,0 +1,110 @@
+"""What a step of decoding does otherwise than a long call, because launching it costs more than running it."""
+
+import pytest
+import torch
+from model_parity import batch, build_pair, relative_error
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+
+from fat5.model import ops_gated_act, ops_rms_norm
+from fat5.model.attention_mask import begin_rows_at_16
+from fat5.model.position_encoding import RelativePositionBias
+
+ROUNDING = {torch.float32: 2e-7, torch.bfloat16: 2**-8, torch.float16: 2**-11}  # one, at most, of the largest values
+
+
+@pytest.fixture
+def launch_bound(monkeypatch):
+    """Norms and activations run as they do for few elements on a GPU."""
+    for module in (ops_rms_norm, ops_gated_act):
+        monkeypatch.setattr(module, "is_launch_bound", lambda x: not torch.is_grad_enabled())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("wide", [True, False])
+@pytest.mark.parametrize("branch", [True, False])
+@pytest.mark.parametrize("dtype", ROUNDING)
+def test_norm_of_few_rows_is_rounded_once(launch_bound, dtype, branch, wide):
+    torch.manual_seed(0)
+    hidden = 30 * torch.randn(2, 1, 37).to(torch.float32 if wide else dtype)
+    added, weight = torch.randn(2, 1, 37).to(dtype), torch.randn(37).to(dtype)
+    out, total = ops_rms_norm.add_rms_norm(hidden, added if branch else None, weight, 1e-6)
+    assert torch.equal(total, hidden + added if branch else hidden)
+    exact = total.double() * torch.rsqrt(total.double().square().mean(-1, keepdim=True) + 1e-6) * weight.double()
+    assert out.dtype == dtype
+    assert ((out.double() - exact).abs() <= ROUNDING[dtype] * exact.abs() + 1e-9).all()
+
+
+@torch.no_grad()
+def test_sum_of_few_rows_stays_within_fp16(launch_bound):
+    large = torch.full((1, 4), 6e4, dtype=torch.float16)
+    _, total = ops_rms_norm.add_rms_norm(large, large, torch.ones(4).half(), 1e-6)
+    assert total.isfinite().all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("act", ["gelu_new", "gelu", "relu", "silu"])
+@pytest.mark.parametrize("form", ["plain", "pair", "joined"])
+def test_activation_of_few_rows(launch_bound, act, form):
+    torch.manual_seed(0)
+    x, up = 3 * torch.randn(1, 40), torch.randn(1, 40)
+    given = {"plain": {"gated": False}, "pair": {"up": up}, "joined": {}}[form]
+    out = ops_gated_act.gated_act(torch.cat([x, up], -1) if form == "joined" else x, act, **given)
+    t = x.double()
+    exact = {
+        "gelu_new": 0.5 * t * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (t + 0.044715 * t**3))),
+        "gelu": 0.5 * t * (1 + torch.erf(t / 2**0.5)),
+        "relu": t.clamp(min=0),
+        "silu": t * torch.sigmoid(t),
+    }[act] * (1 if form == "plain" else up.double())
+    torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["t5", "t5_v1_1", "umt5"])
+def test_steps_of_few_elements_give_stock_logits(launch_bound, family):
+    stock, flash = build_pair(family)
+    inputs = batch("left")
+    given = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    ids = inputs["decoder_input_ids"]
+    expected = stock(**given, decoder_input_ids=ids).logits
+    cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+    steps = [flash(**given, decoder_input_ids=step, past_key_values=cache).logits for step in ids.split(1, dim=1)]
+    assert relative_error(torch.cat(steps, dim=1), expected) < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 300])
+def test_bias_of_the_latest_token_is_the_last_row(length):
+    bias = RelativePositionBias(num_buckets=32, max_distance=128, num_heads=3, bidirectional=False)
+    positions = torch.arange(length)
+    assert torch.equal(bias.last_row(length), bias(positions[-1:], positions))
+
+
+@pytest.mark.parametrize("length", [16, 17, 300])
+def test_biases_lie_as_the_kernels_of_torch_want_them(length):
+    bias = torch.randn(1, 1, length, 4).permute(0, 3, 1, 2)  # as looked up: head by head for every key
+    lying = begin_rows_at_16(bias)
+    assert torch.equal(lying, bias)
+    assert lying.stride(3) == 1
+    assert all(step % 16 == 0 for step in lying.stride()[:3])
+
+
+def test_beams_move_what_was_decoded_and_not_what_was_read():
+    _, flash = build_pair("t5")
+    own, read = DynamicCache(), DynamicCache()
+    for cache in (own, read):
+        cache.update(torch.arange(4.0).view(4, 1, 1, 1), torch.arange(4.0).view(4, 1, 1, 1), 0)
+    before = read.layers[0].keys
+    moved = flash._reorder_cache(EncoderDecoderCache(own, read), torch.tensor([1, 1, 3, 2]))
+    assert moved.self_attention_cache.layers[0].keys.flatten().tolist() == [1, 1, 3, 2]
+    assert moved.cross_attention_cache.layers[0].keys is before
+
+
+def test_a_model_can_train_on_single_tokens_after_generating_in_inference_mode():
+    _, flash = build_pair("t5")
+    inputs = batch("right")
+    with torch.inference_mode():
+        flash.generate(inputs["input_ids"], max_new_tokens=3, min_new_tokens=3)
+    flash.train()
+    flash(input_ids=inputs["input_ids"], labels=inputs["labels"][:, :1].clamp(min=0)).loss.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in flash.parameters())
