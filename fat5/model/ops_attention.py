@@ -2,7 +2,9 @@
 
 import functools
 import os
+import warnings
 from collections.abc import Callable
+from importlib.util import find_spec
 
 import torch
 
@@ -32,8 +34,14 @@ try:
     from .ops_attention_table import line_of_table, table_gradient
 
     HAS_KERNELS = True
-except ImportError:
+except ImportError as error:
     HAS_KERNELS = False
+    if torch.version.cuda is not None and find_spec("triton") is not None:  # there is one, but of another release
+        warnings.warn(
+            "The kernels of FAT5 are off, and attention runs as SDPA: they need Triton 3.6, and with the one installed an "
+            f"import fails ({error.__cause__ or error}).",
+            stacklevel=2,
+        )
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -80,8 +88,8 @@ def attention(
         q: queries, bf16, fp16 or fp32 (which is true fp32, never TF32); D from 1 to 256.
         k: keys, in q's dtype.
         v: values, in q's dtype.
-        bias: added to the scores. T5's table and a dense bias receive gradients. Distances are between positions in
-            the segment (plus `q_offset`). Dense: padded layout only.
+        bias: added to the scores; -inf masks. T5's table and a dense bias receive gradients. Distances are between
+            positions in the segment (plus `q_offset`). Dense: padded layout only.
         causal: key j is visible to query i only if `j <= i + q_offset`.
         scale: factor on the scores, positive. T5's is 1.
         cu_seqlens_q: cumulative segment lengths of the packed layout, int32 `[S + 1]`, from 0 to Tq. On a GPU their

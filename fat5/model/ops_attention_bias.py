@@ -16,7 +16,7 @@ class T5Bias:
     """T5's relative position bias, learned, one number per bucket of distances and head.
 
     Attributes:
-        table: `[num_buckets, H]`, any floating dtype; receives a gradient.
+        table: `[num_buckets, H]`, bf16, fp16 or fp32; receives a gradient. A bucket of `-inf` masks its distances.
         bidirectional: buckets tell keys before the query from keys after it (encoder); else later keys share bucket 0.
         max_distance: distance from which the bucket is the last one.
     """
@@ -35,7 +35,10 @@ class AlibiBias:
 
 @dataclass(frozen=True)
 class DenseBias:
-    """Any bias `[1|B, 1|H, Lq, Lk]`, padded layout only; receives a gradient. `-inf` entries mask."""
+    """Any bias `[1|B, 1|H, Lq, Lk]`, bf16, fp16 or fp32, padded layout only; receives a gradient.
+
+    An entry of `-inf` masks one key from one query; a query whose every key is masked gives zeros.
+    """
 
     bias: torch.Tensor
 

@@ -43,6 +43,15 @@ def test_near_sums(device, d, table, lq, lk, q_offset):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("d", [64, 80, 128])
+@pytest.mark.parametrize("causal", [False, True])
+def test_buckets_of_minus_infinity_mask(device, d, causal):
+    x = make(device, 700, 300, d=d, dtype=torch.bfloat16, causal=causal, scale=d**-0.5)
+    x.bias[[3, 7]] = -torch.inf
+    check(x)
+    assert not run(x, x.leaves())[:, :, 400:].any()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("causal", [False, True])
 def test_packs_of_mixed_lengths(device, dtype, causal):
