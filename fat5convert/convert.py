@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -181,7 +181,7 @@ def _write(plan: Plan, folder: Path, shard_size: int, advance: Advance) -> dict[
         # Where its author kept it is nobody's business.
         "source_config": {key: value for key, value in checkpoint.config.items() if key != "_name_or_path"},
         "versions": {
-            "fat5": version("fat5"),
+            "fat5": _own_version(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
@@ -190,13 +190,21 @@ def _write(plan: Plan, folder: Path, shard_size: int, advance: Advance) -> dict[
     return conversion
 
 
+def _own_version() -> str:
+    """Of the package, or that there is none: a checkout on the path, not installed."""
+    try:
+        return version("fat5")
+    except PackageNotFoundError:
+        return "not installed"
+
+
 def _fingerprint(plan: Plan, shard_size: int) -> Any:
     """Everything that decides the bytes of the shards: a killed conversion goes on only where all of it is the same."""
     checkpoint = plan.checkpoint
     stats = [(name, (checkpoint.folder / name).stat()) for name in checkpoint.weight_files]
     return {
         "schema": CONVERSION_SCHEMA,
-        "fat5": version("fat5"),
+        "fat5": _own_version(),
         "files": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats],
         "folder": str(checkpoint.folder.resolve()),
         "pairs": [[pair.source, pair.fat5, list(pair.shape)] for pair in plan.recognised.pairs],

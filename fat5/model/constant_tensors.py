@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import lru_cache, wraps
-from typing import ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar, cast
 
 import torch
 
@@ -19,7 +19,7 @@ def kept(build: Callable[P, T]) -> Callable[P, T]:
     a dispatch mode (fake tensors, tracing) or a `torch.func` transform is on, nothing is kept: what is made there is of
     no use elsewhere.
     """
-    once = lru_cache(maxsize=64)(build)
+    once = cast(Callable[P, T], lru_cache(maxsize=64)(build))
 
     @wraps(build)
     def get(*args: P.args, **kwargs: P.kwargs) -> T:

@@ -72,7 +72,8 @@ def launch_backward(
     batch, _, heads, head_dim = q.shape
     segments = batch if cu_q is None else cu_q.numel() - 1
     if q.numel() == 0 or k.numel() == 0:
-        return (*(torch.zeros_like(x) for x in (q, k, v)), _no_bias_gradient(bias) if bias_gradient else None)
+        zeros = torch.zeros_like
+        return zeros(q), zeros(k), zeros(v), _no_bias_gradient(bias) if bias_gradient else None
     check_segments(segments)
     block_d = max(16, triton.next_power_of_2(head_dim))
     capability = compute_capability(q)
