@@ -38,8 +38,8 @@ except ImportError as error:
     HAS_KERNELS = False
     if torch.version.cuda is not None and find_spec("triton") is not None:  # there is one, but of another release
         warnings.warn(
-            "The kernels of FAT5 are off, and attention runs as SDPA: they need Triton 3.6, and with the one installed an "
-            f"import fails ({error.__cause__ or error}).",
+            "The kernels of FAT5 are off, and attention runs as SDPA: they need Triton 3.6, and with the one installed "
+            f"an import fails ({error.__cause__ or error}).",
             stacklevel=2,
         )
 
