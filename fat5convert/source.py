@@ -159,6 +159,12 @@ class Checkpoint:
         """Every tensor of the checkpoint, by name."""
         return {name: file.tensors[name] for name, file in self._homes.items()}
 
+    @property
+    def misplaced(self) -> list[str]:
+        """Tensors that the index, if there is one, does not list, or lists in another shard than theirs."""
+        homes = self._homes.items() if self._index else ()
+        return [name for name, file in homes if self._index.get(name) != file.path.name]
+
     def load(self, name: str) -> torch.Tensor:
         """Read one tensor."""
         return self._homes[name].load(name)

@@ -33,12 +33,18 @@ _PASSING = (408, 429, 500, 502, 503, 504)
 
 def status_of(error: BaseException | None) -> int | None:
     """Status of the Hub's answer, None if there was none; looks through the errors that this one was raised from."""
-    while error is not None:
-        response = getattr(error, "response", None)
+    for raised in _chain(error):
+        response = getattr(raised, "response", None)
         if response is not None:
             return int(response.status_code)
-        error = error.__cause__
     return None
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and those that it was raised from."""
+    while error is not None:
+        yield error
+        error = error.__cause__
 
 
 def is_passing(error: Exception) -> bool:
@@ -46,7 +52,7 @@ def is_passing(error: Exception) -> bool:
     if isinstance(error, OfflineModeIsEnabled | HFValidationError):
         return False
     status = status_of(error)
-    return status in _PASSING if status is not None else isinstance(error, HTTP_ERRORS)
+    return status in _PASSING if status is not None else any(isinstance(e, HTTP_ERRORS) for e in _chain(error))
 
 
 @contextmanager
@@ -89,6 +95,8 @@ def _explain(repo_id: str, error: Exception) -> str:
         return f"{repo_id}: somebody else has pushed there meanwhile. Look at what it was, and give the command again"
     if is_passing(error) or status in _PASSING:
         return f"{repo_id}: the Hub cannot be reached or fails ({said}). {AGAIN}"
+    if isinstance(error, RuntimeError):  # of Xet's client, which does not say what kind of failure it was
+        return f"{repo_id}: the upload failed ({said}). {AGAIN}"
     return f"{repo_id}: the Hub refuses ({said}). What has arrived is kept, nothing that was there is lost"
 
 

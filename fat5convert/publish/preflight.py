@@ -93,6 +93,8 @@ def check(out: str | Path) -> Ready:
     for name in checkpoint.weight_files:
         if not name.endswith(".safetensors"):
             problems.append(f"{name} is a pickle, which runs code when it is loaded; convert or save to safetensors")
+    for name in checkpoint.misplaced:
+        problems.append(f"{INDEX} does not say in which shard tensor {name} is; convert or save again")
     if not _has_tokenizer(contents.upload) and not _source_had_none(conversion):
         problems.append("there is no tokenizer; put the files of the source's tokenizer there")
     problems += [f"{name} is missing, which the conversion wrote; convert again" for name in _lost(folder, conversion)]

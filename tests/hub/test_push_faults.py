@@ -3,7 +3,11 @@
 import json
 
 import pytest
+from hub_client import WRITES
 from hub_http import Answer, Fault
+
+from fat5convert.errors import ConvertError
+from fat5convert.publish.hub_errors import explained
 
 REPO = "alice/tiny-fat5"
 YES = ("--yes", "--license", "apache-2.0")
@@ -83,6 +87,25 @@ def test_a_full_repo_says_so_and_goes_on_when_there_is_room(hub, push, out):
     hub.store.capacity = None
     push(out, REPO, *YES)
     assert complete(hub, out)
+
+
+@pytest.mark.parametrize(
+    ("cause", "message"), [(ConnectionResetError("reset"), "cannot be reached or fails"), (None, "the upload failed")]
+)
+def test_an_upload_s_own_error_says_to_go_on(cause, message):
+    """Which is raised from the network's for LFS, and from nothing for Xet."""
+    with pytest.raises(ConvertError, match=rf"{message}.*Give the same command again"), explained(REPO, WRITES):
+        raise RuntimeError("Error while uploading") from cause
+
+
+def test_a_message_that_quotes_the_token_is_shown_without_it(hub, push, out):
+    hub.answering = lambda request: Answer.error(403, f"{request.token} has no right to that")
+    try:
+        failed = push(out, REPO, *YES, status=1)
+    finally:
+        hub.answering = None
+    assert "*** has no right to that" in failed.err
+    assert WRITES not in failed.out + failed.err
 
 
 def test_a_rate_limit_is_not_taken_for_a_full_repo(hub, push, out):

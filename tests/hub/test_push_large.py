@@ -45,11 +45,12 @@ def test_over_20_mb_in_parts_killed_and_given_again(hub, tmp_path):
     hub.answering = killing
     try:
         process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        process.communicate()
+        told = process.communicate()[1]
     finally:
         hub.answering = None
     assert process.returncode == -signal.SIGKILL
     assert dropped.times == 0
+    assert "model.safetensors: 100%" in told, "progress"
     parts = [request.path for request in hub.storage.requests if request.method == "PUT" and request.body]
     assert len(parts) == len(set(parts)) > 2
 

@@ -80,6 +80,19 @@ def test_a_tokenizer_that_the_source_had(out, loads):
     assert not check(out).tokenizer
 
 
+def test_an_index_that_does_not_fit_the_shards(out, loads):
+    path = out / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    places = index["weight_map"]
+    first, *_, last = sorted(places, key=places.get)
+    path.write_text(json.dumps(index | {"weight_map": places | {first: places[last]}}))
+    assert f"does not say in which shard tensor {first} is" in refused(out)
+    path.write_text(json.dumps(index | {"weight_map": {name: at for name, at in places.items() if name != first}}))
+    assert f"does not say in which shard tensor {first} is" in refused(out)
+    path.write_text(json.dumps(index | {"weight_map": places | {"extra.weight": places[last]}}))
+    assert "lacks tensor extra.weight" in refused(out)
+
+
 @pytest.mark.parametrize("name", ["generation_config.json", "added_tokens.json", "tokenizer_config.json"])
 def test_a_file_that_the_conversion_wrote_and_is_gone(out, loads, name):
     (out / name).unlink()

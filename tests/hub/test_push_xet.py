@@ -40,4 +40,5 @@ def test_weights_go_and_come_back(hub, out, tmp_path, monkeypatch):
         assert (folder / path.name).read_bytes() == path.read_bytes()
     assert any("/xet-read-token/" in request.path for request in hub.server.requests)
     assert not hub.storage.requests, "nothing went by LFS"
-    assert all(WRITES.encode() not in path.read_bytes() for path in hub.chunks.rglob("*") if path.is_file())
+    kept = [path for folder in (hub.chunks, tmp_path / "hf") for path in folder.rglob("*") if path.is_file()]
+    assert all(WRITES.encode() not in path.read_bytes() for path in kept), "nor in the client's logs"

@@ -294,3 +294,16 @@ def test_norms_and_activations_are_computed_again(kernels, monkeypatch):
     with torch.no_grad():
         model(**inputs)
     assert len(calls) == 7
+
+
+@needs_kernels
+def test_weights_that_lie_on_disk_are_fetched(kernels, tmp_path):
+    """By the hooks of the modules that own them, also where kernels take a weight without its module."""
+    kernels(True)
+    whole = build().eval()
+    whole.save_pretrained(tmp_path)
+    loaded = type(whole).from_pretrained(tmp_path, device_map={"": "disk"}, offload_folder=tmp_path / "offload")
+    ids = inputs_of()["input_ids"]
+    with torch.no_grad():
+        states = [model.encoder(ids).last_hidden_state.to(DEVICE) for model in (loaded, whole)]
+    assert relative_error(*states) < 2e-5

@@ -1,66 +1,20 @@
 """The model's own tests under other releases of transformers, and repositories that cross from one to another."""
 
-import os
-import subprocess
-import sys
 from itertools import permutations
 from pathlib import Path
 
 import pytest
+from releases import RELEASES, run, run_tests
 
 HERE = Path(__file__).parent
-RELEASES = {"4.57": "transformers==4.57.*", "5.17": "transformers==5.17.*", "current": None}
 
 pytestmark = pytest.mark.versions
 
 
-@pytest.fixture(scope="module")
-def releases(tmp_path_factory) -> dict[str, str]:
-    """`PYTHONPATH` for each release: a folder with that transformers and its dependencies, before all else."""
-    paths = {}
-    for name, requirement in RELEASES.items():
-        if requirement is None:
-            paths[name] = ""
-            continue
-        folder = tmp_path_factory.mktemp(f"transformers_{name}")
-        # with `datasets`, which Trainer imports where it finds it and which must fit the same huggingface_hub
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(folder), requirement, "datasets"]
-        subprocess.run(pip, check=True)
-        paths[name] = str(folder)
-    return paths
-
-
-def run(release: str, paths: dict[str, str], *arguments, cwd: Path) -> None:
-    path = os.pathsep.join(filter(None, [paths[release], str(HERE.parents[1])]))
-    environment = {**os.environ, "PYTHONPATH": path, "HF_HOME": str(cwd / f"hf_{release}")}
-    result = subprocess.run(
-        [sys.executable, *map(str, arguments)], cwd=cwd, env=environment, capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, f"under transformers {release}:\n{result.stdout[-8000:]}{result.stderr[-4000:]}"
-
-
 @pytest.mark.parametrize("release", [name for name in RELEASES if RELEASES[name]])
 def test_every_test_of_the_model_passes(release, releases, tmp_path):
-    run(
-        release, releases, "-c", f"import transformers as t; assert t.__version__.startswith({release!r})", cwd=tmp_path
-    )
     tests = [file for file in sorted(HERE.glob("test_*.py")) if file != Path(__file__)]
-    configuration = HERE.parents[1] / "pyproject.toml"
-    run(
-        release,
-        releases,
-        "-m",
-        "pytest",
-        "-q",
-        "-m",
-        "not slow and not versions",
-        "-p",
-        "no:cacheprovider",
-        "-c",
-        configuration,
-        *tests,
-        cwd=tmp_path,
-    )
+    run_tests(release, releases, "not slow and not versions", *tests, cwd=tmp_path)
 
 
 SAVE = """
