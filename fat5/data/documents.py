@@ -32,7 +32,10 @@ def corpus_files(corpus: CorpusOptions) -> list[Path]:
         matches = [expanded] if expanded.is_file() else map(Path, sorted(glob.glob(str(expanded), recursive=True)))
         found = {path.resolve(): path for path in matches if path.is_file()}
         if not found:
-            raise DataError(f"no file matches {pattern}")
+            raise DataError(
+                f"no file matches {pattern}; correct the path. A recipe's are data.train and data.evaluation, on the "
+                "command line --set 'data.train=[{files: [my/*.txt]}]'"
+            )
         for resolved, path in found.items():
             paths.setdefault(resolved, path)
     return list(paths.values())

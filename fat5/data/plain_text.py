@@ -69,9 +69,8 @@ class PlainText:
     def encode(self, texts: Sequence[str], start: Start = "beginning") -> list[NDArray[np.int32]]:
         """Encode texts, each as what `start` says: one int32 array each."""
         if not self._backends:
-            options = {"add_special_tokens": False, "split_special_tokens": True, "return_attention_mask": False}
-            output = self._tokenizer(list(texts), verbose=False, **options)
-            return [np.array(ids, dtype=np.int32) for ids in output["input_ids"]]
+            tokens = (self._tokenizer.tokenize(text, split_special_tokens=True) for text in texts)
+            return [np.array(self._tokenizer.convert_tokens_to_ids(t), dtype=np.int32) for t in tokens]
         backend = self._backend(start)
         encodings = backend.encode_batch_fast(list(texts), add_special_tokens=False)
         encoded = [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]

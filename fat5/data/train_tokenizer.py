@@ -1,6 +1,7 @@
 """Train a tokenizer with T5's layout of ids: pad 0, EOS 1, unk 2, pieces, mode tokens, sentinels counting down."""
 
 import json
+import re
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -13,6 +14,9 @@ _BYTES = tuple(f"<0x{n:02X}>" for n in range(256))
 #: Matches inside every name of a special token or byte, in use or not. Text is cut there before it teaches pieces, so
 #: that none is such a name or holds one.
 INSIDE_NAMES = r"(?<=<)(?=/s>|pad>|unk>|0x[0-9A-F]{2}>|extra_id_\d+>)|(?<=\[)(?=[RSX]\])"
+
+# Where words longer than any are cut for training.
+_LONG_WORD = re.compile(r"\S{250}(?=\S)")
 
 
 def train_tokenizer(
@@ -74,13 +78,15 @@ def _blank(model: models.Model) -> Tokenizer:
 
 
 def train(tokenizer: Tokenizer, documents: Iterable[str], trainer: trainers.Trainer) -> None:
-    """Train a tokenizer in place.
+    """Train a tokenizer in place. Words of more than 250 characters teach it in parts of so many.
 
     Raises:
         ValueError: the vocabulary is too small for the text's characters.
     """
+    # Broken surrogates, which JSON can spell, have no UTF-8 form. The trainers take a word's square in time, or crash.
+    texts = (_LONG_WORD.sub(r"\g<0> ", text.encode("utf-8", "replace").decode("utf-8")) for text in documents)
     try:
-        tokenizer.train_from_iterator(documents, trainer)
+        tokenizer.train_from_iterator(texts, trainer)
     except ValueError:  # the documents cannot be read
         raise
     except Exception as error:  # `tokenizers` has no class of its own for what it refuses

@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.cache_utils import EncoderDecoderCache
 
+from .attention_layout import host_may_look
 from .attention_mask import AttentionMask
 from .configuration_flash_t5 import FlashT5Config
 from .flash_attention import FLASH_ATTENTION, flash_attention
@@ -145,10 +146,10 @@ class FlashT5Attention(nn.Module):
             return None
         if isinstance(self.pe_encoding, FirePositionBias):
             return self.pe_encoding(*mask.places())
-        # not with a gradient, which cannot keep buckets made without, nor where what is made are no real tensors
-        plain = not (torch.is_grad_enabled() or is_watched())
-        if plain and mask.is_last_row and isinstance(self.pe_encoding, RelativePositionBias):
-            return self.pe_encoding.last_row(mask.key_length)
+        # not with a gradient, which cannot keep buckets made without, nor where what is made now is no lasting tensor
+        lasting = not (torch.is_grad_enabled() or is_watched()) and host_may_look(mask.device)
+        if lasting and mask.is_last_row and isinstance(self.pe_encoding, RelativePositionBias):
+            return self.pe_encoding.last_row(mask.key_length, mask.device)
         return self.pe_encoding(*mask.encoded_positions())
 
     def _kernel_operand(self, mask: AttentionMask, dtype: torch.dtype) -> torch.Tensor | None:

@@ -7,7 +7,8 @@ from torch.nn import functional as F
 
 from .attention_layout import KernelLayout, host_may_look, packed_layout, padded_layout
 from .flash_attention import FLASH_ATTENTION, flash_serves
-from .ops_attention import DTYPES, MAX_HEAD_DIM, kernels_serve
+from .ops_attention import kernels_serve
+from .ops_attention_checks import DTYPES, MAX_HEAD_DIM
 from .position_rotary import RotaryTables
 
 

@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.modules.module import _has_any_global_hook
 
 from .norm_flash_t5 import FlashT5LayerNorm, NormedSum
-from .ops_attention import DTYPES, kernels_serve
-from .ops_operator import is_watched
+from .ops_attention import kernels_serve
+from .ops_attention_checks import DTYPES
+from .ops_operator import is_transformed, is_watched
 from .recomputed_linear import side_by_side
 
 
@@ -22,12 +24,13 @@ def fused_linear(states: torch.Tensor | NormedSum, layers: Sequence[nn.Module]) 
         layers: linear layers from D to N1, N2, ... features.
 
     Returns:
-        The outputs, or None where the layers are to be called one by one: on devices without kernels, where a layer is
-        more than its weight (see `is_plain`), or where there are too few tokens to pay for the copy. The copy moves
-        2 D times the number of features, the one product saves about 4 D (2 D without gradients) times the tokens.
+        The outputs, or None where the layers are to be called one by one: on devices without kernels, in transforms
+        (see `is_transformed`), where a layer is more than its weight (see `is_plain`), or where there are too few
+        tokens to pay for the copy. The copy moves 2 D times the number of features, the one product saves about 4 D
+        (2 D without gradients) times the tokens.
     """
     given = states.hidden_states if isinstance(states, NormedSum) else states
-    if not kernels_serve(given.device):
+    if not kernels_serve(given.device) or is_transformed():
         return None
     if len(layers) == 1:
         pays = torch.is_grad_enabled()
@@ -58,7 +61,9 @@ def project(states: torch.Tensor | NormedSum, layers: Sequence[nn.Module]) -> li
 
 def recomputing_weight(layer: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
     """The weight of a layer on an activation of `x` if `gated_act_linear` may compute both; else None."""
-    if not torch.is_grad_enabled() or is_watched() or not kernels_serve(x.device) or x.dtype not in DTYPES:
+    if not torch.is_grad_enabled() or is_watched() or is_transformed():
+        return None
+    if x.dtype not in DTYPES or not kernels_serve(x.device):
         return None
     weights = plain_weights([layer], x.device)
     return weights[0] if weights and weights[0].dtype == x.dtype else None
@@ -102,7 +107,9 @@ class SplitColumns(torch.autograd.Function):
 
 
 def is_plain(layer: nn.Module) -> bool:
-    """Whether calling a layer is just the product with its weight: no adapter, quantisation, offloading, hook."""
+    """Whether calling a layer is just the product with its weight: no adapter, quantisation or offloading, no
+    hook of its own or of all modules.
+    """
     return (
         is_untouched(layer, nn.Linear)
         and layer.bias is None
@@ -112,10 +119,13 @@ def is_plain(layer: nn.Module) -> bool:
 
 
 def is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether calling a module is just the forward of its class: nothing wraps it, no hook waits for the call."""
+    """Whether calling a module is just the forward of its class: nothing wraps it, no hook, its own or of
+    all modules, waits for the call.
+    """
     return (
         type(module) is kind
         and "forward" not in vars(module)  # accelerate replaces it on the instance
         and not (module._forward_hooks or module._forward_pre_hooks)
         and not (module._backward_hooks or module._backward_pre_hooks)
+        and not _has_any_global_hook()
     )

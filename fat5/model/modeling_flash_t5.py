@@ -30,6 +30,7 @@ from .stack_flash_t5 import FlashT5Stack, static_length
 if TYPE_CHECKING:
     from .attention_layout import KernelLayout as KernelLayout
     from .attention_mask import AttentionMask as AttentionMask
+    from .constant_tensors import kept as kept
     from .flash_attention import flash_attention as flash_attention
     from .fused_attention import fused_attention as fused_attention
     from .fused_linear import fused_linear as fused_linear
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from .ops_attention_bias_grad import line_gradient_kernel as line_gradient_kernel
     from .ops_attention_bias_grad_hopper import issue_keys as issue_keys
     from .ops_attention_bias_line import line_gradient as line_gradient
+    from .ops_attention_checks import check_bias as check_bias
     from .ops_attention_configs import forward_config as forward_config
     from .ops_attention_diagonals_hopper import store_strips as store_strips
     from .ops_attention_forward import launch_forward as launch_forward

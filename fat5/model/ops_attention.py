@@ -2,10 +2,11 @@
 
 import functools
 import os
+import warnings
 from collections.abc import Callable
+from importlib.util import find_spec
 
 import torch
-from torch.autograd import forward_ad
 
 from .ops_attention_bias import (
     ALIBI_BIAS,
@@ -20,9 +21,10 @@ from .ops_attention_bias import (
     expand_table,
     line_buckets,
 )
-from .ops_attention_problem import Problem
+from .ops_attention_checks import check_bias, check_devices, check_layout, check_numbers
+from .ops_attention_problem import Problem, addressable
 from .ops_attention_reference import reference_attention
-from .ops_operator import is_watched, operator
+from .ops_operator import is_transformed, is_watched, operator
 
 try:
     import triton  # noqa: F401  (named here so that the loader of remote code sees a guarded import)
@@ -32,12 +34,16 @@ try:
     from .ops_attention_table import line_of_table, table_gradient
 
     HAS_KERNELS = True
-except ImportError:
+except ImportError as error:
     HAS_KERNELS = False
+    if torch.version.cuda is not None and find_spec("triton") is not None:  # there is one, but of another release
+        warnings.warn(
+            "The kernels of FAT5 are off, and attention runs as SDPA: they need Triton 3.6, and with the one installed an "
+            f"import fails ({error.__cause__ or error}).",
+            stacklevel=2,
+        )
 
-MAX_HEAD_DIM = 256
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def kernels_serve(device: torch.device) -> bool:
@@ -82,14 +88,16 @@ def attention(
         q: queries, bf16, fp16 or fp32 (which is true fp32, never TF32); D from 1 to 256.
         k: keys, in q's dtype.
         v: values, in q's dtype.
-        bias: added to the scores. T5's table and a dense bias receive gradients. Distances are between positions in
-            the segment (plus `q_offset`). Dense: padded layout only.
+        bias: added to the scores; -inf masks. T5's table and a dense bias receive gradients. Distances are between
+            positions in the segment (plus `q_offset`). Dense: padded layout only.
         causal: key j is visible to query i only if `j <= i + q_offset`.
         scale: factor on the scores, positive. T5's is 1.
-        cu_seqlens_q: cumulative segment lengths of the packed layout, int32 `[S + 1]`, starting at 0.
+        cu_seqlens_q: cumulative segment lengths of the packed layout, int32 `[S + 1]`, from 0 to Tq. On a GPU their
+            values are not looked at: tokens outside every segment would come back as they lie in memory, outputs and
+            gradients alike.
         cu_seqlens_k: the same for the keys.
-        max_seqlen_q: length of the longest segment, or more. Left out, it is read back from the device, which neither
-            `torch.compile` nor a CUDA graph can do.
+        max_seqlen_q: length of the longest segment, or more; on a GPU not looked at either. Left out, it is read back
+            from the device, which neither `torch.compile` nor a CUDA graph can do.
         max_seqlen_k: the same for the keys.
         key_lengths: ints `[B]`, padded layout only: keys of row b from `key_lengths[b]` on are padding.
         q_offset: position of query 0 relative to key 0, not negative: the number of cached tokens. Padded layout only.
@@ -103,14 +111,17 @@ def attention(
         Output in q's layout, shape and dtype. (A padded one is a view of `[B, Lq, H, D]`.)
 
     Raises:
-        ValueError: shapes, dtypes or options that do not fit together.
+        ValueError: shapes, dtypes, devices or options that do not fit together.
         NotImplementedError: inside a transform of `torch.func` or forward-mode differentiation, on the kernels.
 
     Sources: FlashAttention-2 (Dao 2023, arXiv:2307.08691) for the tiling, T5 (Raffel et al. 2020, arXiv:1910.10683)
     for the bias.
     """
     packed = cu_seqlens_q is not None
-    _check(q, k, v, bias, scale, cu_seqlens_q, cu_seqlens_k, key_lengths, q_offset, dropout_p)
+    check_numbers(q, k, v, scale, q_offset, dropout_p)
+    check_layout(q, k, v, bias, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, key_lengths, q_offset)
+    check_bias(q, k, bias)
+    check_devices(q, k, v, bias, cu_seqlens_q, cu_seqlens_k, key_lengths, seed)
     if cu_seqlens_q is not None and cu_seqlens_k is not None:
         q, k, v = q[None], k[None], v[None]
         cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.to(torch.int32), cu_seqlens_k.to(torch.int32)
@@ -125,8 +136,12 @@ def attention(
     if dropout_p > 0 and seed is None:
         seed = torch.randint(1 << 62, (1,), device=q.device)
     if kernels_serve(q.device):
-        _refuse_transforms(q, k, v)
-        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+        if is_transformed():
+            raise NotImplementedError(
+                "the attention kernels know reverse-mode autograd only: for torch.func and forward mode use the eager "
+                "implementation"
+            )
+        q, k, v = (addressable(x) for x in (q, k, v))
         deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
         out, _ = attention_forward(
             q, k, v, bias_tensor, cu_seqlens_q, cu_seqlens_k, key_lengths, seed, kind, bidirectional, max_distance,
@@ -139,61 +154,6 @@ def attention(
         args = _bias_args(kind, bias_tensor, bidirectional, max_distance, q.shape[0], q.shape[2], expand_table)
         out = reference_attention(q, k, v, args, cu_seqlens_q, cu_seqlens_k, key_lengths, problem, seed)
     return out.squeeze(0) if packed else out.transpose(1, 2)
-
-
-def _check(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    bias: T5Bias | AlibiBias | DenseBias | None,
-    scale: float,
-    cu_q: torch.Tensor | None,
-    cu_k: torch.Tensor | None,
-    key_lengths: torch.Tensor | None,
-    q_offset: int,
-    dropout_p: float,
-) -> None:
-    """Refuse what the kernels would compute wrongly."""
-    if q.dtype != k.dtype or q.dtype != v.dtype or (q.dtype not in DTYPES and q.device.type == "cuda"):
-        raise ValueError(f"q, k, v must share one dtype of bf16, fp16, fp32: got {q.dtype}, {k.dtype}, {v.dtype}")
-    if (cu_q is None) != (cu_k is None):
-        raise ValueError("cu_seqlens_q and cu_seqlens_k go together: give both or neither")
-    if cu_q is not None and cu_k is not None and cu_q.shape != cu_k.shape:
-        raise ValueError(f"cu_seqlens of {cu_q.numel() - 1} query segments and {cu_k.numel() - 1} key segments differ")
-    rank, layout = (4, "[B, H, L, D]") if cu_q is None else (3, "[T, H, D] with cu_seqlens")
-    if q.dim() != rank or k.dim() != rank or v.shape != k.shape:
-        raise ValueError(f"q, k, v must be {layout}: got {list(q.shape)}, {list(k.shape)}, {list(v.shape)}")
-    same = (0, 1, 3) if cu_q is None else (1, 2)
-    if any(q.shape[axis] != k.shape[axis] for axis in same):
-        raise ValueError(f"q {list(q.shape)} and k {list(k.shape)} must agree in batch, heads and head_dim")
-    if not 1 <= q.shape[-1] <= MAX_HEAD_DIM:
-        raise ValueError(f"head_dim is {q.shape[-1]}: 1 to {MAX_HEAD_DIM} are supported")
-    if scale <= 0 or not 0 <= dropout_p < 1 or q_offset < 0:
-        raise ValueError(f"need scale > 0, 0 <= dropout_p < 1, q_offset >= 0: got {scale}, {dropout_p}, {q_offset}")
-    if cu_q is not None and (key_lengths is not None or q_offset or isinstance(bias, DenseBias)):
-        raise ValueError("key_lengths, q_offset and a dense bias are for the padded layout, cu_seqlens for the packed")
-    heads = q.shape[1]
-    if isinstance(bias, T5Bias) and (bias.table.dim() != 2 or bias.table.shape[1] != heads):
-        raise ValueError(f"the bias table must be [num_buckets, {heads}]: got {list(bias.table.shape)}")
-    if isinstance(bias, AlibiBias) and (bias.slopes.shape != (heads,) or bias.slopes.requires_grad):
-        raise ValueError(f"ALiBi slopes must be [{heads}] and constant: got {list(bias.slopes.shape)}")
-    if isinstance(bias, DenseBias):
-        want, got = (q.shape[0], heads, q.shape[2], k.shape[2]), tuple(bias.bias.shape)
-        if len(got) != 4 or got[2:] != want[2:] or got[0] not in (1, want[0]) or got[1] not in (1, heads):
-            raise ValueError(f"a dense bias must be broadcastable to {list(want)} in batch and heads: got {list(got)}")
-
-
-def _refuse_transforms(*tensors: torch.Tensor) -> None:
-    """Forward-mode derivatives would silently be zero, and the transforms of `torch.func` fail obscurely."""
-    if torch.compiler.is_compiling():
-        return
-    if torch._C._functorch.peek_interpreter_stack() is not None or any(
-        forward_ad.unpack_dual(x).tangent is not None for x in tensors
-    ):
-        raise NotImplementedError(
-            "the attention kernels know reverse-mode autograd only: for torch.func and forward mode use the eager "
-            "implementation"
-        )
 
 
 def _bias_operands(bias: T5Bias | AlibiBias | DenseBias | None) -> tuple[int, torch.Tensor | None, bool, int]:

@@ -22,6 +22,7 @@ from .ops_attention_backward_keys import backward_keys_kernel
 from .ops_attention_backward_queries import backward_queries_kernel, delta_kernel, dq_store_kernel
 from .ops_attention_bias_grad import dense_gradient_kernel, near_tiles_kernel
 from .ops_attention_bias_line import line_gradient, near_offsets, padded_line, segment_of_blocks
+from .ops_attention_problem import addressable, check_segments
 from .ops_device import compute_capability, multiprocessors
 
 if TYPE_CHECKING:
@@ -67,9 +68,12 @@ def launch_backward(
         dq, dk, dv in their inputs' shapes and dtypes, and the gradient of the line (fp32 `[H, left + right + 1]`) or of
         the dense bias (its shape and dtype), or None.
     """
-    do, q, k, v, out = (x if x.stride(-1) == 1 else x.contiguous() for x in (do, q, k, v, out))
+    do, q, k, v, out = (addressable(x) for x in (do, q, k, v, out))
     batch, _, heads, head_dim = q.shape
     segments = batch if cu_q is None else cu_q.numel() - 1
+    if q.numel() == 0 or k.numel() == 0:
+        return (*(torch.zeros_like(x) for x in (q, k, v)), _no_bias_gradient(bias) if bias_gradient else None)
+    check_segments(segments)
     block_d = max(16, triton.next_power_of_2(head_dim))
     capability = compute_capability(q)
     deterministic = deterministic or block_d > 128  # the fused kernel would spill most of its registers
@@ -98,7 +102,8 @@ def launch_backward(
         if line_gradient:
             diagonals = near_sums_of(bias, problem, k, cu_k, keys.block_m, keys.block_n)
         # one tile more: the kernel copies a tile ahead
-        lse_tiles, delta_tiles = torch.empty((2, (tiles_of(keys.block_m) + 1) * heads, keys.block_m), device=q.device)
+        rows = (tiles_of(keys.block_m) + 1) * heads
+        lse_tiles, delta_tiles = torch.empty((2, rows, keys.block_m), dtype=torch.float32, device=q.device)
     if not deterministic:
         dq_tiles = torch.empty(
             tiles_of(keys.block_m) * heads * block_d * keys.block_m, dtype=torch.float32, device=q.device
@@ -179,8 +184,8 @@ def launch_backward(
             dbias = _line_gradient(*arguments, bias, far, cu_q, cu_k, lengths_k, problem, keys, variant, seed)
     elif dense is not None and bias_gradient:
         near = backward_config("near", block_d, q.element_size(), capability)
-        shared = [1 if stride == 0 else size for size, stride in zip(dense.shape[:2], dense.stride()[:2], strict=True)]
-        dbias = torch.empty((*shared, max_q, max_k), dtype=dense.dtype, device=q.device)
+        dbias = torch.empty(_gradient_shape(dense), dtype=dense.dtype, device=q.device)
+        check_segments(dbias.shape[0] * dbias.shape[1])
         grid = (triton.cdiv(max_q, near.block_m), triton.cdiv(max_k, near.block_n), dbias.shape[0] * dbias.shape[1])
         dense_gradient_kernel[grid](
             *arguments, dense, dbias, lengths_k, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3],
@@ -189,6 +194,19 @@ def launch_backward(
             num_stages=near.num_stages, **variant,
         )  # fmt: skip
     return dq, dk, dv, dbias
+
+
+def _gradient_shape(dense: torch.Tensor) -> list[int]:
+    """That of a dense bias `[B, H, Lq, Lk]`, with 1 where it is broadcast."""
+    shared = (1 if stride == 0 else size for size, stride in zip(dense.shape[:2], dense.stride()[:2], strict=True))
+    return [*shared, *dense.shape[2:]]
+
+
+def _no_bias_gradient(bias: "BiasArgs") -> torch.Tensor | None:
+    """Zeros for a bias that was added to nothing."""
+    if bias.dense is not None:
+        return bias.dense.new_zeros(_gradient_shape(bias.dense))
+    return None if bias.line is None else torch.zeros_like(bias.line)
 
 
 def empty_gradients(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> list[torch.Tensor]:

@@ -46,12 +46,12 @@ DEFAULT = {
 
 
 def hopper_config(q, k, v, do, bias, problem, capability):
-    """Configuration if the kernel takes this call, else None."""
+    """Configuration if the kernel takes this call, else None: the copy engine knows no stride of 0, say."""
     head_dim = q.shape[-1]
     fits = (
         capability == 90 and q.dtype in (torch.bfloat16, torch.float16) and head_dim in (64, 128)
         and bias.kind in (NONE, T5) and problem.dropout_p == 0 and problem.scale > 0
-        and all(x.data_ptr() % 16 == 0 and all(n % 8 == 0 for n in x.stride()[:3]) for x in (q, k, v, do))
+        and all(x.data_ptr() % 16 == 0 and all(n > 0 and n % 8 == 0 for n in x.stride()[:3]) for x in (q, k, v, do))
     )  # fmt: skip
     if not fits:
         return None

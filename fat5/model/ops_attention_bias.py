@@ -1,11 +1,11 @@
 """Position biases in the form the attention kernels take them."""
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 
+from .constant_tensors import kept
 from .position_encoding import relative_position_bucket
 
 NO_BIAS, T5_BIAS, ALIBI_BIAS, DENSE_BIAS = range(4)
@@ -16,7 +16,7 @@ class T5Bias:
     """T5's relative position bias, learned, one number per bucket of distances and head.
 
     Attributes:
-        table: `[num_buckets, H]`, any floating dtype; receives a gradient.
+        table: `[num_buckets, H]`, bf16, fp16 or fp32; receives a gradient. A bucket of `-inf` masks its distances.
         bidirectional: buckets tell keys before the query from keys after it (encoder); else later keys share bucket 0.
         max_distance: distance from which the bucket is the last one.
     """
@@ -35,7 +35,10 @@ class AlibiBias:
 
 @dataclass(frozen=True)
 class DenseBias:
-    """Any bias `[1|B, 1|H, Lq, Lk]`, padded layout only; receives a gradient. `-inf` entries mask."""
+    """Any bias `[1|B, 1|H, Lq, Lk]`, bf16, fp16 or fp32, padded layout only; receives a gradient.
+
+    An entry of `-inf` masks one key from one query; a query whose every key is masked gives zeros.
+    """
 
     bias: torch.Tensor
 
@@ -74,11 +77,12 @@ class BiasArgs:
     exact_dtype: torch.dtype = torch.float32
 
 
-@lru_cache(maxsize=64)
+@kept
 def bias_line(bidirectional: bool, num_buckets: int, max_distance: int) -> BiasLine:
     """The shortest line that holds all of T5's buckets: its ends are read off the buckets themselves."""
     reach = max(max_distance, num_buckets) + 1
-    buckets = relative_position_bucket(torch.arange(-reach, reach + 1), bidirectional, num_buckets, max_distance)
+    distances = torch.arange(-reach, reach + 1, device="cpu")
+    buckets = relative_position_bucket(distances, bidirectional, num_buckets, max_distance)
     changes = (buckets[1:] != buckets[:-1]).nonzero().flatten()
     if changes.numel() == 0:
         left, right = 1, 1
@@ -87,7 +91,7 @@ def bias_line(bidirectional: bool, num_buckets: int, max_distance: int) -> BiasL
     return BiasLine(buckets[reach - left : reach + right + 1].clone(), left, right)
 
 
-@lru_cache(maxsize=64)
+@kept
 def line_buckets(bidirectional: bool, num_buckets: int, max_distance: int, device: torch.device) -> torch.Tensor:
     """`bias_line`'s buckets on a device, copied there once: a CUDA graph could not."""
     return bias_line(bidirectional, num_buckets, max_distance).buckets.to(device)

@@ -14,7 +14,7 @@ from .ops_attention_configs import ForwardConfig, forward_config
 from .ops_attention_forward_kernel import forward_kernel
 from .ops_attention_forward_sm90 import TensorDescriptor as GluonDescriptor
 from .ops_attention_forward_sm90 import forward_sm90_kernel, shared_layout
-from .ops_attention_problem import Problem
+from .ops_attention_problem import Problem, addressable, check_segments
 from .ops_attention_strips import expand_strips, strip_origin
 from .ops_device import compute_capability, multiprocessors
 
@@ -48,7 +48,7 @@ def launch_forward(
         The output `[B, Lq, H, D]` and each row's log-sum-exp in log2 units, fp32 `[H, B * Lq]`, +inf where no key is
         visible.
     """
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    q, k, v = (addressable(x) for x in (q, k, v))
     batch, length_q, heads, head_dim = q.shape
     segments = batch if cu_q is None else cu_q.numel() - 1
     block_d = max(16, triton.next_power_of_2(head_dim))
@@ -90,6 +90,7 @@ def launch_forward(
             LENGTHS=lengths_k is not None, num_warps=4,
         )  # fmt: skip
         return out, lse2
+    check_segments(segments)
     (shape_k, *steps_k), (shape_v, *steps_v) = matrices[1:] if tma else [(None, 0, 0, 0)] * 2
     tma = tma and config.tma
     desc_k, desc_v = (

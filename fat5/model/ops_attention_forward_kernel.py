@@ -90,7 +90,7 @@ def attend_block(
         b_p = tl.exp2(b_s - (b_base - far)[:, None])
     else:
         b_new = tl.maximum(b_max, tl.max(b_s, 1) * scale_log2 + far)
-        b_base = b_new
+        b_base = tl.where(b_new == -INFINITY, 0.0, b_new)
         b_p = tl.exp2(b_s * scale_log2 - (b_base - far)[:, None])
     b_rescale = tl.exp2(b_max - b_base)
     b_sum = b_sum * b_rescale + tl.sum(b_p, 1)

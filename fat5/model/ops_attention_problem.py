@@ -2,6 +2,11 @@
 
 from dataclasses import dataclass
 
+import torch
+
+MOST_SEGMENTS = 65535
+"""Of the third dimension of a CUDA grid."""
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -21,3 +26,17 @@ class Problem:
     dropout_p: float
     max_seqlen_q: int
     max_seqlen_k: int
+
+
+def addressable(x: torch.Tensor) -> torch.Tensor:
+    """`[B, L, H, D]` as it is, or copied where columns do not follow each other, or heads lie too far apart.
+
+    The kernels multiply heads by their stride in 32 bits.
+    """
+    return x if x.stride(-1) == 1 and (x.shape[2] - 1) * x.stride(2) < 2**31 else x.contiguous()
+
+
+def check_segments(segments: int) -> None:
+    """Refuse more rows or segments than a grid takes."""
+    if segments > MOST_SEGMENTS:
+        raise ValueError(f"attention takes at most {MOST_SEGMENTS} rows or segments in one call, got {segments}: split")

@@ -24,11 +24,10 @@ def reference_attention(
     if cu_q is None or cu_k is None:
         return _attend(q, k, v, bias, lengths_k, problem, seed, first_segment=0)
     ends_q, ends_k = cu_q.tolist(), cu_k.tolist()
-    outputs = [q[:, : ends_q[0]] * 0]
+    outputs = [q[:, :0]]  # there may be no segment
     for segment in range(len(ends_q) - 1):
         rows_q, rows_k = slice(*ends_q[segment : segment + 2]), slice(*ends_k[segment : segment + 2])
         outputs.append(_attend(q[:, rows_q], k[:, rows_k], v[:, rows_k], bias, None, problem, seed, segment))
-    outputs.append(q[:, ends_q[-1] :] * 0)
     return torch.cat(outputs, dim=1)
 
 

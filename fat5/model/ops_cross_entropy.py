@@ -5,8 +5,9 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
-from .ops_attention import DTYPES, kernels_serve
-from .ops_operator import on_its_device
+from .ops_attention import kernels_serve
+from .ops_attention_checks import DTYPES
+from .ops_operator import is_transformed, on_its_device
 
 try:
     import triton  # noqa: F401  (named here so that the loader of remote code sees a guarded import)
@@ -59,7 +60,7 @@ def cross_entropy(
     """
     check_options(labels, logits.shape[:-1], z_loss, label_smoothing, reduction)
     flat, targets = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1).to(logits.device)
-    if logits.dtype in DTYPES and kernels_serve(logits.device):
+    if logits.dtype in DTYPES and kernels_serve(logits.device) and not is_transformed():
         rows = torch.ops.fat5.cross_entropy_forward(flat, targets, ignore_index, z_loss, label_smoothing)[:3]
     else:
         rows = reference_rows(flat, targets, ignore_index, z_loss, label_smoothing)
@@ -91,10 +92,11 @@ def reduce(
 ) -> CrossEntropy:
     """Sums of loss, z-loss and right predictions, divided as `cross_entropy` says."""
     loss, z, correct = sums
-    count = (labels != ignore_index).sum().clamp(min=1)
+    labelled = (labels != ignore_index).sum()
+    count = labelled.clamp(min=1)
     if reduction == "mean":
-        divisor = count if num_items is None else num_items
-        divisor = divisor.to(loss.device) if isinstance(divisor, torch.Tensor) else divisor
+        items = num_items.to(loss.device) if isinstance(num_items, torch.Tensor) else num_items
+        divisor = count if items is None else torch.where(labelled > 0, items, 1)  # without labels the items may be 0
         loss, z = loss / divisor, z / divisor
     return CrossEntropy(loss, z.detach(), correct.detach() / count)
 
@@ -103,7 +105,7 @@ def reference_rows(
     logits: torch.Tensor, labels: torch.Tensor, ignore_index: int, z_loss: float, smoothing: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Loss, z-loss and right predictions of each row in plain torch, in fp32 or better. Differentiable by autograd."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits, labels = logits.to(torch.promote_types(logits.dtype, torch.float32)), labels.long()
     counts = labels != ignore_index
     loss = F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="none", label_smoothing=smoothing)
     z = torch.where(counts, z_loss * logits.logsumexp(-1).square(), 0.0)

@@ -73,6 +73,7 @@ def loss_kernel(
         b_max = tl.full((BLOCK // VECTOR,), float("-inf"), tl.float32)
         b_sum = tl.zeros((BLOCK // VECTOR,), tl.float32)
         b_plain = tl.zeros((BLOCK // VECTOR,), tl.float32)
+        base = tl.where(target == float("-inf"), 0.0, target)
         for first in range(0, V, BLOCK):
             b_logits, o_v = load_logits(p_row, first, V, BLOCK)
             b_new = tl.maximum(b_max, tl.max(b_logits, axis=1))
@@ -80,7 +81,7 @@ def loss_kernel(
             b_sum = b_sum * tl.exp(b_max - b_shift) + tl.sum(tl.exp(b_logits - b_shift[:, None]), axis=1)
             b_max = b_new
             if SMOOTH:
-                b_plain += tl.sum(tl.where(o_v < V, b_logits - target, 0.0), axis=1)
+                b_plain += tl.sum(tl.where(o_v < V, b_logits - base, 0.0), axis=1)
         largest = tl.max(b_max, axis=0)
         shift = tl.where(largest == float("-inf"), 0.0, largest)
         rest = tl.log(tl.sum(b_sum * tl.exp(b_max - shift), axis=0))

@@ -5,8 +5,9 @@ import math
 import torch
 from torch.nn import functional as F
 
-from .ops_attention import DTYPES, kernels_serve
-from .ops_operator import is_launch_bound, operator
+from .ops_attention import kernels_serve
+from .ops_attention_checks import DTYPES
+from .ops_operator import is_launch_bound, is_transformed, operator
 from .ops_philox import draw_seed, elementwise_dropout
 
 try:
@@ -62,7 +63,7 @@ def gated_act(
         seed = draw_seed(dropout_p, x.device)
     if dropout_p == 0 and is_launch_bound(x):
         return _gated_act_of_few(x, up, ACTIVATIONS[act], gated)
-    if x.dtype in DTYPES and kernels_serve(x.device):
+    if x.dtype in DTYPES and kernels_serve(x.device) and not is_transformed():
         return gated_act_forward(x, up, seed, ACTIVATIONS[act], gated, dropout_p)
     return reference_gated_act(x, up, ACTIVATIONS[act], gated, dropout_p, seed)
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from .ops_attention import kernels_serve
 from .ops_device import compute_capability
 from .ops_gated_act import ACTIVATIONS, reference_gated_act
-from .ops_operator import operator
+from .ops_operator import is_transformed, operator
 
 try:
     import triton  # noqa: F401  (named here so that the loader of remote code sees a guarded import)
@@ -51,7 +51,9 @@ def gated_linear(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, act: str
 
 def gated_linear_serves(x: torch.Tensor) -> bool:
     """Whether the kernel takes such states now: in 16 bits, and nothing records a gradient."""
-    return x.dtype in (torch.bfloat16, torch.float16) and not torch.is_grad_enabled() and kernels_serve(x.device)
+    if torch.is_grad_enabled() or is_transformed():
+        return False
+    return x.dtype in (torch.bfloat16, torch.float16) and kernels_serve(x.device)
 
 
 @operator("fat5::gated_linear")

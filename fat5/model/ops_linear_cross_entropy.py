@@ -8,11 +8,13 @@ Three matrix products, as with all logits at once.
 from collections.abc import Iterator
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .ops_attention import DTYPES, kernels_serve
+from .ops_attention import kernels_serve
+from .ops_attention_checks import DTYPES
 from .ops_cross_entropy import CrossEntropy, check_options, new_rows, reduce, reference_rows, row_shapes
-from .ops_operator import on_its_device
+from .ops_operator import is_transformed, on_its_device
 
 try:
     import triton  # noqa: F401  (named here so that the loader of remote code sees a guarded import)
@@ -23,6 +25,8 @@ except ImportError:
 
 CHUNK_TOKENS = 2048
 """Tokens of a chunk: its logits take 125 MiB at T5's vocabulary and 1 GiB at mT5's, in 16 bits."""
+FP16_FACTOR = 256.0
+"""On gradients of logits where they are stored in fp16, at most about 1 and mostly below what it holds."""
 ALIGNMENT = 64
 """Rows of logits begin at multiples of so many elements, whatever the vocabulary, for wide loads and stores."""
 
@@ -65,7 +69,7 @@ def linear_cross_entropy(
         )
     hidden, targets = hidden_states.reshape(-1, hidden_states.shape[-1]), labels.reshape(-1).to(device)
     options = (logit_scale, ignore_index, z_loss, label_smoothing)
-    if not (hidden.dtype in DTYPES and kernels_serve(device)):
+    if not (hidden.dtype in DTYPES and kernels_serve(device)) or is_transformed():
         rows = reference_rows(F.linear(hidden, weight) * logit_scale, targets, *options[1:])
     elif reduction == "none":
         rows = torch.ops.fat5.linear_cross_entropy_rows(hidden, weight, targets, *options)[:3]
@@ -104,6 +108,11 @@ def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, first: b
         torch.ops.aten.addmm.dtype_out(total, a, b, torch.float32, out=total)
 
 
+def _stored_factor(dtype: torch.dtype) -> float:
+    """Factor on gradients of logits where they are stored in a dtype."""
+    return FP16_FACTOR if dtype == torch.float16 else 1.0
+
+
 @torch.library.custom_op("fat5::linear_cross_entropy_sum", mutates_args=())
 @on_its_device
 def linear_cross_entropy_sum(
@@ -119,19 +128,21 @@ def linear_cross_entropy_sum(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Sums of loss, z-loss and right predictions, fp32; gradients of the summed loss by `hidden` and, fp32, `weight`.
 
-    `hidden` is `[T, D]`. A gradient that is not wanted is empty.
+    `hidden` is `[T, D]`. A gradient that is not wanted is empty. Both are without their factor `logit_scale`, the
+    weight's with `_stored_factor`: what is small in fp16 is to be multiplied by the scale of the loss first.
     """
     hidden, labels = hidden.contiguous(), labels.contiguous()
     results = new_rows(hidden, hidden.shape[0])
     dhidden = torch.empty(hidden.shape if hidden_learns else 0, dtype=hidden.dtype, device=hidden.device)
     allocate = torch.empty if hidden.shape[0] else torch.zeros
     dweight = allocate(weight.shape if weight_learns else 0, dtype=torch.float32, device=hidden.device)
-    factor = logit_scale if hidden_learns or weight_learns else None
+    stored = _stored_factor(hidden.dtype)
+    factor = stored if hidden_learns or weight_learns else None
     for rows, states, logits in _chunks(hidden, weight, logit_scale):
         its = Rows(*(x[rows] for x in results))
         launch_loss(logits, labels[rows], its, ignore_index, z_loss, smoothing, factor)
         if hidden_learns:
-            torch.mm(logits, weight, out=dhidden[rows])
+            torch.addmm(dhidden[rows], logits, weight, beta=0, alpha=1 / stored, out=dhidden[rows])
         if weight_learns:
             _add_product(dweight, logits.t(), states, first=rows.start == 0)
     return results.loss.sum(), results.z_loss.sum(), results.correct.sum(), dhidden, dweight
@@ -149,16 +160,24 @@ def _sum_shapes(hidden, weight, *options):  # type: ignore[no-untyped-def]  # as
 
 def _save_gradients(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]  # torch's own context object
     ctx.save_for_backward(*output[3:])
-    ctx.dtype = inputs[0].dtype
+    ctx.dtype, ctx.logit_scale = inputs[0].dtype, inputs[3]
     ctx.learns = inputs[-2:]
 
 
 def _scale_gradients(ctx, dloss, *_):  # type: ignore[no-untyped-def]  # as above
+    if torch.is_grad_enabled():  # for derivatives of derivatives: those are refused, where otherwise they would be 0
+        dloss = dloss.detach().requires_grad_()
+    return _scaled_gradients(ctx, dloss)
+
+
+@once_differentiable
+def _scaled_gradients(ctx, dloss):  # type: ignore[no-untyped-def]  # as above
     gradients: list[torch.Tensor | None] = []
-    for gradient, learns in zip(ctx.saved_tensors, ctx.learns, strict=True):
+    factors = ctx.logit_scale, ctx.logit_scale / _stored_factor(ctx.dtype)
+    for gradient, learns, factor in zip(ctx.saved_tensors, ctx.learns, factors, strict=True):
         scaled = gradient.new_empty(gradient.shape, dtype=ctx.dtype)
         # one dimension makes `dloss` count in fp32, and `out` saves a copy in fp32
-        gradients.append(torch.mul(gradient, dloss.reshape(1), out=scaled) if learns else None)
+        gradients.append(torch.mul(gradient, dloss.reshape(1) * factor, out=scaled) if learns else None)
     return *gradients, *[None] * 7
 
 

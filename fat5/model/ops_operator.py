@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 FEW_ELEMENTS = 1 << 18  # 64 rows of 4096: a pass over them is a microsecond
@@ -89,7 +90,7 @@ def is_launch_bound(x: torch.Tensor) -> bool:
     """
     if not x.is_cuda or x.numel() > FEW_ELEMENTS or torch.is_grad_enabled():
         return False
-    return not (is_watched() or torch.cuda.is_current_stream_capturing())
+    return not (is_watched() or is_transformed() or torch.cuda.is_current_stream_capturing())
 
 
 def is_watched() -> bool:
@@ -97,3 +98,13 @@ def is_watched() -> bool:
     if torch.compiler.is_compiling():
         return True
     return torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def is_transformed() -> bool:
+    """Whether a `torch.func` transform or forward-mode differentiation is on, which take plain torch alone.
+
+    The kernels would give derivatives of zero there, or an obscure error.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0

@@ -3,8 +3,9 @@
 import torch
 from torch.nn import functional as F
 
-from .ops_attention import DTYPES, kernels_serve
-from .ops_operator import is_launch_bound, operator
+from .ops_attention import kernels_serve
+from .ops_attention_checks import DTYPES
+from .ops_operator import is_launch_bound, is_transformed, operator
 from .ops_philox import draw_seed, elementwise_dropout
 
 try:
@@ -65,10 +66,10 @@ def add_rms_norm(
 def norm_kernels_serve(
     hidden_states: torch.Tensor, branch: torch.Tensor | None, weight: torch.Tensor, out_dtype: torch.dtype
 ) -> bool:
-    """Whether the kernels take such arguments of `add_rms_norm`."""
+    """Whether the kernels take such arguments of `add_rms_norm` now."""
     tensors = (hidden_states, weight) if branch is None else (hidden_states, branch, weight)
     served = weight.numel() <= MAX_WIDTH and out_dtype in DTYPES and all(x.dtype in DTYPES for x in tensors)
-    return served and kernels_serve(hidden_states.device)
+    return served and kernels_serve(hidden_states.device) and not is_transformed()
 
 
 def reference_add_rms_norm(

@@ -1,10 +1,11 @@
 """ALiBi: a bias that falls linearly with distance, at a fixed slope for each head, looking both ways or one way."""
 
 import math
-from functools import lru_cache
 
 import torch
 from torch import nn
+
+from .constant_tensors import kept
 
 
 def slope_values(num_heads: int) -> list[float]:
@@ -20,7 +21,7 @@ def slope_values(num_heads: int) -> list[float]:
     return slopes + between[::2][: num_heads - power]
 
 
-@lru_cache(maxsize=64)
+@kept
 def alibi_slopes(num_heads: int, device: torch.device) -> torch.Tensor:
     """Slopes fp32 `[H]` on a device, copied there once: a CUDA graph could not."""
     return torch.tensor(slope_values(num_heads), dtype=torch.float32, device=device)

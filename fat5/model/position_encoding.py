@@ -63,12 +63,11 @@ class RelativePositionBias(nn.Module):
         buckets = relative_position_bucket(distances, self.bidirectional, self.num_buckets, self.max_distance)
         return self.relative_attention_bias(buckets).permute(2, 0, 1).unsqueeze(0)
 
-    def last_row(self, length: int) -> torch.Tensor:
+    def last_row(self, length: int, device: torch.device) -> torch.Tensor:
         """Dense bias `[1, num_heads, 1, length]` of the last of `length` positions of a causal decoder.
 
-        Every step of decoding asks for one. The buckets of the longest so far hold those of the shorter ones.
+        Every step of decoding asks for one. The buckets of the longest so far, on `device`, hold those of the others.
         """
-        device = self.relative_attention_bias.weight.device
         longest = max(64, 1 << (length - 1).bit_length())
         buckets = buckets_behind(longest, self.num_buckets, self.max_distance, device)[longest - length :]
         return self.relative_attention_bias(buckets).t()[None, :, None]
@@ -76,4 +75,5 @@ class RelativePositionBias(nn.Module):
     def table(self) -> torch.Tensor:
         """The table `[num_buckets, num_heads]`, looked up, as the embedding may be wrapped or offloaded."""
         embedding = self.relative_attention_bias
-        return embedding(torch.arange(self.num_buckets, device=embedding.weight.device))
+        device = embedding.weight.device if not embedding.weight.is_meta else "cpu"  # from where its hook takes them on
+        return embedding(torch.arange(self.num_buckets, device=device))

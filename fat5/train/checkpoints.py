@@ -116,10 +116,15 @@ def choose(resume: str, folder: Path) -> Path | None:
         The checkpoint to continue from, or None for a fresh start.
 
     Raises:
-        TrainingError: a path without a whole checkpoint, or `never` where an earlier run has left some.
+        TrainingError: a path without a whole checkpoint, `never` where an earlier run has left some, or `auto` where
+            all that it has left are damaged.
     """
     if resume == "auto":
-        return newest(folder)
+        if (found := newest(folder)) is None and by_step(folder):
+            raise TrainingError(
+                f"no checkpoint in {folder} is whole; bring one back, or delete them to start from the beginning"
+            )
+        return found
     if resume == "never":
         if (old := newest(folder)) is not None:
             raise TrainingError(

@@ -1,5 +1,6 @@
 """Load the model that a recipe names."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from fat5.model.modeling_flash_t5 import FlashT5ForConditionalGeneration
 from fat5.train.errors import TrainingError
 from fat5.train.options import ModelOptions
 from fat5.train.recipe import Recipe
+
+TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "tokenizer_config.json")
 
 
 def load_model(options: ModelOptions, *, bf16: bool = False) -> FlashT5ForConditionalGeneration:
@@ -119,6 +122,12 @@ def load_tokenizer(options: ModelOptions, config: PretrainedConfig) -> PreTraine
     Raises:
         TrainingError: there is none.
     """
+    folder = Path(options.path)
+    if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise TrainingError(
+            f"model.path {folder} has no tokenizer (none of {', '.join(TOKENIZER_FILES)}); copy the one there that the "
+            "model was trained with, or make one by `fat5 train-tokenizer`"
+        )
     try:
         return AutoTokenizer.from_pretrained(options.path, revision=options.revision or "main", config=config)
     except (OSError, ValueError) as error:

@@ -41,7 +41,7 @@ class StreamTrainer(PretrainingTrainer):
         path = checkpoint / STATE_FILE
         try:
             self.place = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except OSError as error:
             raise TrainingError(
                 f"cannot read {path}, which tells the place in the streamed corpora: {error}; resume from another "
                 "checkpoint"

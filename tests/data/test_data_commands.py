@@ -10,6 +10,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
+import fat5.data.commands
 from fat5.cli import main
 from fat5.data.load_tokenizer import load_tokenizer
 from fat5.model import FlashT5Config, FlashT5ForConditionalGeneration
@@ -118,7 +119,10 @@ def test_extending_a_stock_model_asks_for_conversion_first(tmp_path, model_folde
 @pytest.mark.parametrize(
     ("packing", "streaming"), [("none", False), ("segments", False), ("stream", False), ("segments", True)]
 )
-def test_data_show_prints_examples_and_statistics(tmp_path, corpus, model_folder, packing, streaming):
+def test_data_show_prints_examples_and_statistics(tmp_path, corpus, model_folder, monkeypatch, packing, streaming):
+    kind = "streamed_batches" if streaming else "training_batches"
+    make, sizes = getattr(fat5.data.commands, kind), {}
+    monkeypatch.setattr(fat5.data.commands, kind, lambda *args, **kw: sizes.update(kw) or make(*args, **kw))
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         yaml.safe_dump(
@@ -131,13 +135,14 @@ def test_data_show_prints_examples_and_statistics(tmp_path, corpus, model_folder
                     "cache": str(tmp_path / "cache"),
                     "packing": packing,
                 },
-                "training": {"steps": 1, "batch_size": 8},
+                "training": {"steps": 1, "batch_size": 24, "micro_batch_size": 8},
                 "output": {"folder": str(tmp_path / "out")},
             }
         )
     )
     result = CliRunner().invoke(main, ["data", "show", str(recipe), "--batches", "300"], color=True)
     assert result.exit_code == 0, result.output
+    assert (sizes["batch_size"], sizes["batches_per_step"]) == (8, 3)  # as in training, which tells stages by steps
     plain = re.sub(r"\x1b\[[\d;]*m", "", result.output)
     for name in ("[R] span mu=3 r=0.15", "[S] prefix 0.25", "[X] span mu=64 r=0.5"):
         assert plain.count(name) == 2  # its examples, and its line of the table

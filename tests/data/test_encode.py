@@ -79,9 +79,7 @@ def small(model, pre_tokenizer=None, normalizer=None):
     backend.pre_tokenizer = pre_tokenizer or pre_tokenizers.Metaspace()
     if normalizer is not None:
         backend.normalizer = normalizer
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token="</s>", unk_token="<unk>", extra_special_tokens=["[S]"]
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
 
 
 def pieces_of(text):

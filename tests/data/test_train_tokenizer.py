@@ -54,6 +54,13 @@ def test_text_that_spells_special_tokens_teaches_none(prose, kind):
         assert [name in token for token in vocabulary].count(True) == times, name
 
 
+@pytest.mark.parametrize("kind", ["unigram", "bpe"])
+def test_endless_words_and_broken_surrogates_teach_what_they_can(prose, kind):
+    endless = "".join(map(str, np.random.default_rng(0).integers(0, 1000, 10_000)))
+    made = train_tokenizer([*prose[:10], endless, "a \ud800 b", ""], kind, 900)
+    assert made.decode(made("in 42 words")["input_ids"], skip_special_tokens=True) == "in 42 words"
+
+
 def test_a_vocabulary_too_small_is_refused(prose):
     with pytest.raises(ValueError, match="make it larger"):
         train_tokenizer(prose, "unigram", 400)

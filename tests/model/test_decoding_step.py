@@ -77,7 +77,7 @@ def test_steps_of_few_elements_give_stock_logits(launch_bound, family):
 def test_bias_of_the_latest_token_is_the_last_row(length):
     bias = RelativePositionBias(num_buckets=32, max_distance=128, num_heads=3, bidirectional=False)
     positions = torch.arange(length)
-    assert torch.equal(bias.last_row(length), bias(positions[-1:], positions))
+    assert torch.equal(bias.last_row(length, positions.device), bias(positions[-1:], positions))
 
 
 @pytest.mark.parametrize("length", [16, 17, 300])

@@ -8,12 +8,14 @@ import torch
 from interpreter import DEVICE, HAS_KERNELS, INTERPRETED, needs_kernels, run_interpreted, serve_layers
 from model_parity import batch, build_flash, build_stock, relative_error
 from peft import LoraConfig, get_peft_model
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 import fat5.model.layers_flash_t5
 import fat5.model.modeling_flash_t5
 from fat5.model import fused_linear as fused_linear_module
 from fat5.model import recomputed_linear
+from fat5.model.norm_flash_t5 import FlashT5LayerNorm
 
 SHAPE = {"num_layers": 1, "num_heads": 2, "vocab_size": 99}
 TOKENS = (4, 3, 2) if INTERPRETED else (61, 37, 3)
@@ -243,6 +245,42 @@ def test_hooks_see_what_they_saw(wrapped, kernels):
 
 
 @needs_kernels
+def test_hooks_of_all_modules_see_every_call(kernels):
+    kernels(True)
+    model, inputs = build(d_ff=3, num_heads=1, d_kv=2).train(), inputs_of()
+    seen = []
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(lambda module, given: seen.append(module))
+    try:
+        with torch.no_grad():
+            model(**inputs)
+    finally:
+        hook.remove()
+    called = (torch.nn.Linear, FlashT5LayerNorm)
+    assert not [name for name, module in model.named_modules() if isinstance(module, called) and module not in seen]
+
+
+@needs_kernels
+def test_forward_mode_goes_by_plain_torch(kernels):
+    """The derivative of a training step's loss along every weight at once, on the eager implementation."""
+    kernels(True)
+    model, inputs = build(d_ff=3, num_heads=1, d_kv=2).train(), inputs_of()
+    model.set_attn_implementation("eager")
+    _, gradients = loss_and_gradients(model, **inputs)
+    weights = dict(model.named_parameters())
+    tangents = {name: torch.randn_like(weight) for name, weight in weights.items()}
+    expected = sum((gradients[name] * tangent).sum() for name, tangent in tangents.items())
+
+    def loss(weights):
+        return torch.func.functional_call(model, weights, kwargs=inputs).loss
+
+    torch.testing.assert_close(torch.func.jvp(loss, (weights,), (tangents,))[1], expected, rtol=1e-4, atol=1e-5)
+    with forward_ad.dual_level():
+        duals = {name: forward_ad.make_dual(weight, tangents[name]) for name, weight in weights.items()}
+        got = forward_ad.unpack_dual(loss(duals)).tangent
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+@needs_kernels
 def test_norms_and_activations_are_computed_again(kernels, monkeypatch):
     """In every sub-layer, in training; what that keeps is tested with the operators."""
     kernels(True)
@@ -256,3 +294,16 @@ def test_norms_and_activations_are_computed_again(kernels, monkeypatch):
     with torch.no_grad():
         model(**inputs)
     assert len(calls) == 7
+
+
+@needs_kernels
+def test_weights_that_lie_on_disk_are_fetched(kernels, tmp_path):
+    """By the hooks of the modules that own them, also where kernels take a weight without its module."""
+    kernels(True)
+    whole = build().eval()
+    whole.save_pretrained(tmp_path)
+    loaded = type(whole).from_pretrained(tmp_path, device_map={"": "disk"}, offload_folder=tmp_path / "offload")
+    ids = inputs_of()["input_ids"]
+    with torch.no_grad():
+        states = [model.encoder(ids).last_hidden_state.to(DEVICE) for model in (loaded, whole)]
+    assert relative_error(*states) < 2e-5

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from model_parity import batch, build_pair, flash_name, relative_error
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 pytestmark = pytest.mark.gpu
 implementations = pytest.mark.parametrize("implementation", ["eager", "sdpa"])
@@ -64,6 +65,23 @@ def test_compiled_static_cache_gives_the_same_tokens(family, decoder_mask):
     options = {"max_new_tokens": 20, "min_new_tokens": 20, "do_sample": False}
     expected = flash.generate(**prompt, **options)
     assert torch.equal(flash.generate(**prompt, **options, cache_implementation="static"), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("padding", ["none", "right", "left"])
+@pytest.mark.parametrize("family", ["t5", "umt5"])
+def test_steps_of_decoding_are_the_whole_sequence_at_once(family, padding):
+    (flash,) = on_gpu(build_pair(family, "fat5")[1])
+    inputs = cuda_batch(padding)
+    given = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    ids = inputs["decoder_input_ids"]
+    expected = flash(**given, decoder_input_ids=ids).logits
+    for dtype, bound in ((torch.float32, 1e-4), (torch.bfloat16, 0.1)):
+        flash.to(dtype)
+        cache, steps = EncoderDecoderCache(DynamicCache(), DynamicCache()), []
+        for step in ids.split(1, dim=1):
+            steps.append(flash(**given, decoder_input_ids=step, past_key_values=cache).logits)
+        assert relative_error(torch.cat(steps, dim=1).float(), expected) < bound
 
 
 @implementations

@@ -47,9 +47,17 @@ class Inputs:
         """Fresh leaves q, k, v (and a bias that learns), in another dtype if given."""
         learns = [self.bias] if self.kind in ("t5", "dense") else []
         return [
-            (x if dtype is None else x.to(dtype)).detach().clone(memory_format=torch.preserve_format).requires_grad_()
+            _copy_with_strides(x).to(x.dtype if dtype is None else dtype).requires_grad_()
             for x in (self.q, self.k, self.v, *learns)
         ]
+
+
+def _copy_with_strides(x: torch.Tensor) -> torch.Tensor:
+    """A copy whose elements lie as far apart as those of `x`: `clone` would move a slice's together."""
+    if x.numel() == 0:
+        return x.detach().clone()
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return x.new_zeros(extent).as_strided(x.shape, x.stride()).copy_(x.detach())
 
 
 def bucket(distance: int, bidirectional: bool, num_buckets: int, max_distance: int) -> int:
@@ -100,7 +108,7 @@ def _one(x, q, k, v, bias, keep, p) -> torch.Tensor:
         scores = scores - bias.to(scores.dtype)[:, None, None] * distances.abs()
     elif x.kind == "dense":
         scores = scores + bias
-    visible = torch.ones_like(scores, dtype=torch.bool)
+    visible = ~torch.isneginf(scores)
     if x.causal:
         visible &= distances <= 0
     if x.key_lengths is not None:

@@ -110,6 +110,14 @@ def test_bias_tables(device, buckets, max_distance, bidirectional):
     check(make(device, 260, batch=1, heads=1, buckets=buckets, max_distance=max_distance, bidirectional=bidirectional))
 
 
+def test_buckets_of_minus_infinity_mask(device):
+    """Queries that see keys in the last block alone, and such that see none."""
+    x = make(device, 130, 70, batch=1, heads=1)
+    x.bias[[3, 7]] = -torch.inf  # the farthest, before the query and after it
+    check(x)
+    assert not run(x, x.leaves())[:, :, 100:].any()
+
+
 @pytest.mark.parametrize("d", [24, 32, 64, 80, 128, 256, 1])
 def test_head_dims(device, d):
     check(make(device, 34, d=d, heads=1, scale=d**-0.5))
@@ -185,6 +193,7 @@ def test_strided_inputs(device, layout):
 
     x = make(device, 40, d=32, kind=None)
     x.q, x.k, x.v = strided(x.q), strided(x.k), strided(x.v)
+    assert [leaf.stride() for leaf in x.leaves()] == [t.stride() for t in (x.q, x.k, x.v)]
     check(x)
 
 
@@ -204,6 +213,19 @@ def test_bias_gradient_can_be_left_out(device):
         gradients(run(x, leaves), leaves[:3], grad), gradients(run(x, wanted), wanted[:3], grad), strict=True
     ):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["t5", "dense"])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_no_kernel_runs_for_a_bias_that_does_not_learn(device, monkeypatch, kind, deterministic):
+    x = make(device, 20, kind=kind, heads=1, batch=1, dense=(1, 1))
+    for name in ("_line_gradient", "dense_gradient_kernel", "hopper_line_gradient", "near_sums_of"):
+        monkeypatch.delattr(ops_attention_backward, name)
+    leaves = x.leaves()
+    out = run(x, [*leaves[:3], leaves[3].detach()], deterministic=deterministic)
+    gradients(out, leaves[:3], torch.randn_like(x.q))
+    with pytest.raises(NameError):
+        gradients(run(x, leaves, deterministic=deterministic), leaves, torch.randn_like(x.q))
 
 
 @pytest.mark.parametrize(("block_m", "block_n"), [(16, 64), (64, 16), (64, 32)])

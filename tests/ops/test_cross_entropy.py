@@ -89,6 +89,58 @@ def test_without_any_label_loss_and_gradients_are_zero(device):
     assert not any(g.any() for g in torch.autograd.grad(outputs.loss, leaves))
 
 
+@pytest.mark.parametrize("num_items", [0, torch.tensor(0)])
+def test_no_label_in_a_step_of_no_items(device, num_items):
+    hidden, weight = torch.randn(3, 8, device=device), torch.randn(29, 8, device=device)
+    labels = torch.full((3,), -100, device=device)
+    assert linear_cross_entropy(hidden, weight, labels, num_items=num_items).loss == 0
+    assert cross_entropy(hidden, labels, num_items=num_items).loss == 0
+
+
+def test_labels_of_any_ints(device, monkeypatch):
+    logits, labels = torch.randn(3, 29, device=device), torch.tensor([4, -100, 6], device=device)
+    expected = F.cross_entropy(logits, labels)
+    torch.testing.assert_close(cross_entropy(logits, labels.int()).loss, expected)
+    monkeypatch.setattr(ops_cross_entropy, "kernels_serve", lambda device: False)
+    torch.testing.assert_close(cross_entropy(logits, labels.int()).loss, expected)
+
+
+def test_second_derivatives_are_refused(device):
+    hidden, weight = (torch.randn(shape, device=device, requires_grad=True) for shape in ((3, 8), (29, 8)))
+    labels = torch.tensor([4, 5, 6], device=device)
+    expected = torch.autograd.grad(linear_cross_entropy(hidden, weight, labels).loss, hidden)
+    loss = linear_cross_entropy(hidden, weight, labels).loss
+    first = torch.autograd.grad(loss, hidden, create_graph=True)
+    torch.testing.assert_close(first, expected)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        (hidden.sum() + first[0].square().sum()).backward()
+
+
+def test_small_gradients_survive_fp16_under_a_loss_scale(device):
+    """Rows of the weight for what is improbable everywhere, as exact as plain torch's, whose logits see the scale."""
+    tokens, vocab, width, logit_scale, items, loss_scale = 4, 300, 32, 0.05, 16384, 65536.0
+    weight, labels = torch.randn(vocab, width, device=device), torch.arange(tokens, device=device)
+    rows = weight[labels]
+    hidden = torch.randn(tokens, width, device=device) + 14 / logit_scale * rows / rows.square().sum(-1, keepdim=True)
+    hidden, weight = hidden.half(), weight.half()
+
+    def plain(hidden, weight):
+        logits = (hidden * logit_scale) @ weight.T
+        loss = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels, reduction="sum")
+        return loss / items
+
+    def fused(hidden, weight):
+        return linear_cross_entropy(hidden, weight, labels, logit_scale=logit_scale, num_items=items).loss
+
+    found = []
+    for function, dtype in ((plain, torch.float64), (plain, torch.float16), (fused, torch.float16)):
+        leaves = [x.to(dtype).requires_grad_() for x in (hidden, weight)]
+        gradients = torch.autograd.grad(function(*leaves) * loss_scale, leaves)
+        found.append((gradients[0].double(), gradients[1][tokens:].double()))
+    for exact, rounded, got in zip(*found, strict=True):
+        assert (got - exact).norm() <= 2 * (rounded - exact).norm() + 1e-3 * exact.norm()
+
+
 def test_no_tokens(device):
     hidden = torch.zeros(0, 8, device=device, requires_grad=True)
     weight = torch.randn(29, 8, device=device, requires_grad=True)
@@ -99,13 +151,14 @@ def test_no_tokens(device):
 
 @pytest.mark.parametrize("value", [1e4, -1e4, float("inf"), -float("inf"), float("nan")])
 @pytest.mark.parametrize("where", ["label", "other", "row"])
-def test_extreme_logits_propagate_as_in_torch(device, value, where):
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_extreme_logits_propagate_as_in_torch(device, value, where, smoothing):
     logits = torch.randn(3, 37, device=device)
     labels = torch.tensor([4, 5, 6], device=device)
     logits[1, {"label": 5, "other": 20, "row": slice(None)}[where]] = value
     leaves = [logits.clone().requires_grad_() for _ in range(2)]
-    got = cross_entropy(leaves[0], labels, reduction="none").loss
-    expected = F.cross_entropy(leaves[1], labels, reduction="none")
+    got = cross_entropy(leaves[0], labels, reduction="none", label_smoothing=smoothing).loss
+    expected = F.cross_entropy(leaves[1], labels, reduction="none", label_smoothing=smoothing)
     torch.testing.assert_close(got, expected, equal_nan=True)
     gradients = [torch.autograd.grad(x.sum(), y)[0] for x, y in zip((got, expected), leaves, strict=True)]
     torch.testing.assert_close(*gradients, equal_nan=True)

@@ -35,6 +35,13 @@ def test_auto_starts_afresh_where_there_is_none(tmp_path):
     assert newest(tmp_path) is None
 
 
+def test_auto_does_not_start_afresh_where_all_are_damaged(folder):
+    for steps in (8, 20):
+        (folder / f"checkpoint-{steps}" / "weights").unlink()
+    with pytest.raises(TrainingError, match=r"no checkpoint in .* is whole; bring one back, or delete them"):
+        choose("auto", folder)
+
+
 def test_a_path_is_taken_if_complete(folder):
     assert choose(str(folder / "checkpoint-8"), folder) == folder / "checkpoint-8"
     with pytest.raises(TrainingError, match="checkpoint-100: not a complete checkpoint"):

@@ -102,6 +102,13 @@ def test_a_tokenizer_of_more_ids_than_the_model_has_rows_is_found(toy, tmp_path)
     )
 
 
+def test_a_missing_tokenizer_is_found(toy, tmp_path):
+    shutil.copytree(toy.model, tmp_path / "model", ignore=shutil.ignore_patterns("tokenizer*", "spiece*"))
+    result = dry_run(toy.settings(tmp_path / "out", model__path=tmp_path / "model"))
+    assert result.exit_code == 1
+    assert f"model.path {tmp_path / 'model'} has no tokenizer" in result.output
+
+
 def test_damaged_weights_are_found(toy, tmp_path):
     shutil.copytree(toy.model, tmp_path / "model")
     weights = load_file(tmp_path / "model" / "model.safetensors")

@@ -15,6 +15,7 @@ from stream_processes import BLOCK, BLOCK_OF_ROWS, Used, recording
 
 import fat5.data.setup
 from fat5.cli import main
+from fat5.train.checkpoints import MARKER
 from fat5.train.recipe import differences, load_recipe
 from fat5.train.stream_trainer import STATE_FILE, StreamTrainer
 
@@ -100,8 +101,14 @@ def test_a_checkpoint_with_a_damaged_place_is_refused(toy, tmp_path):
     arguments = settings(toy, tmp_path, tmp_path / "out", "files", training__steps=4)
     assert run(arguments).exit_code == 0
     shutil.rmtree(tmp_path / "out" / "checkpoints" / "checkpoint-4")
-    place = tmp_path / "out" / "checkpoints" / "checkpoint-2" / STATE_FILE
+    checkpoint = tmp_path / "out" / "checkpoints" / "checkpoint-2"
+    place = checkpoint / STATE_FILE
     place.write_text("?" * place.stat().st_size)
+    result = run(arguments)
+    assert result.exit_code == 1
+    assert f"{checkpoint} is not whole ({STATE_FILE} is damaged)" in result.output
+    place.unlink()  # as in a checkpoint of a run whose corpora were not streamed
+    (checkpoint / MARKER).write_text(json.dumps({"files": {}}))
     result = run(arguments)
     assert result.exit_code == 1
     assert f"checkpoint-2/{STATE_FILE}, which tells the place in the streamed corpora" in result.output

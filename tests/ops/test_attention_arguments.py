@@ -1,0 +1,75 @@
+"""What attention refuses, by name, and empty inputs."""
+
+import pytest
+import torch
+
+from fat5.model.ops_attention import attention
+from fat5.model.ops_attention_bias import AlibiBias, DenseBias, T5Bias
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": torch.randn(1, 2, 33, 8)}, "agree in batch, heads and head_dim"),
+        ({"v": torch.randn(1, 2, 30, 16)}, "must be"),
+        ({"q": torch.randn(2, 33, 16)}, "must be"),
+        ({"k": torch.randn(1, 2, 33, 16).half()}, "one dtype"),
+        ({"scale": 0.0}, "scale > 0"),
+        ({"dropout_p": 1.0}, "dropout_p < 1"),
+        ({"q_offset": -1}, "q_offset >= 0"),
+        ({"cu_seqlens_q": torch.tensor([0, 3])}, "give both or neither"),
+        ({"bias": T5Bias(torch.randn(8, 3))}, r"must be \[num_buckets, 2\]"),
+        ({"bias": AlibiBias(torch.rand(2, requires_grad=True))}, "slopes"),
+        ({"bias": DenseBias(torch.randn(1, 2, 33, 1))}, "broadcastable"),
+        ({"bias": DenseBias(torch.ones(1, 1, 33, 33, dtype=torch.bool))}, "is added"),
+        ({"bias": T5Bias(torch.ones(8, 2, dtype=torch.int64))}, "must be bf16"),
+        ({"key_lengths": torch.tensor([7, 7])}, r"ints \[1\]"),
+        ({"key_lengths": torch.tensor([[7]])}, r"ints \[1\]"),
+        ({"key_lengths": torch.tensor([True])}, "ints"),
+        ({"key_lengths": torch.tensor([7], device="meta")}, "key_lengths is on meta, q on cpu"),
+        ({"bias": T5Bias(torch.empty(8, 2, device="meta"))}, "bias is on meta"),
+        ({"seed": torch.zeros(1, dtype=torch.int64, device="meta")}, "seed is on meta"),
+        ({"seed": torch.zeros(1)}, "seed must be int64"),
+    ],
+)
+def test_bad_arguments_are_named(change, message):
+    q, k, v = (torch.randn(1, 2, 33, 16) for _ in range(3))
+    arguments = {"q": q, "k": k, "v": v} | change
+    with pytest.raises(ValueError, match=message):
+        attention(arguments.pop("q"), arguments.pop("k"), arguments.pop("v"), **arguments)
+
+
+def test_head_dim_limit_and_packed_options():
+    wide = torch.randn(1, 1, 2, 264)
+    with pytest.raises(ValueError, match="head_dim is 264"):
+        attention(wide, wide, wide)
+    x, cu = torch.randn(4, 1, 16), torch.tensor([0, 4], dtype=torch.int32)
+    with pytest.raises(ValueError, match="padded layout"):
+        attention(x, x, x, cu_seqlens_q=cu, cu_seqlens_k=cu, q_offset=2)
+    with pytest.raises(ValueError, match="differ"):
+        attention(x, x, x, cu_seqlens_q=cu, cu_seqlens_k=torch.tensor([0, 2, 4]))
+
+
+@pytest.mark.parametrize(
+    ("ends", "longest", "message"),
+    [
+        ([0, 3], 3, "rise from 0 to the 4 tokens"),
+        ([0, 5], 5, "rise from 0"),
+        ([1, 4], 3, "rise from 0"),
+        ([0, 3, 2, 4], 4, "rise from 0"),
+        ([0, 1, 4], 2, "longest segment has 3"),
+        ([0.0, 4.0], 4, "must be ints"),
+        ([], 4, "must be ints"),
+    ],
+)
+def test_segments_are_all_of_the_tokens(ends, longest, message):
+    x, ends = torch.randn(4, 1, 16), torch.tensor(ends)
+    whole = torch.arange(len(ends)) * 4 // max(len(ends) - 1, 1)
+    with pytest.raises(ValueError, match=r"(cu|max)_seqlens?_q") as raised:
+        attention(x, x, x, cu_seqlens_q=ends, cu_seqlens_k=whole, max_seqlen_q=longest, max_seqlen_k=4)
+    raised.match(message)
+
+
+def test_no_segment_and_no_token(device):
+    x, ends = torch.randn(0, 1, 16, device=device), torch.zeros(1, dtype=torch.int32, device=device)
+    assert attention(x, x, x, cu_seqlens_q=ends, cu_seqlens_k=ends, max_seqlen_q=0, max_seqlen_k=0).shape == x.shape
