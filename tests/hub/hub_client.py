@@ -48,7 +48,7 @@ def client_environment(hub: Hub, home: Path, **changes: str) -> dict[str, str]:
     kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     paths = os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
     settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_ETAG_TIMEOUT": "5"}
-    quiet = {"OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1", "TOKENIZERS_PARALLELISM": "false"}
+    quiet = {"OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1,localhost", "TOKENIZERS_PARALLELISM": "false"}
     return kept | {"PYTHONPATH": paths} | settings | quiet | changes
 
 

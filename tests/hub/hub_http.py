@@ -68,9 +68,9 @@ class Fault:
 
 
 class Server:
-    """A server on this machine; `answer` says what becomes of a request."""
+    """A server on this machine; `answer` says what becomes of a request, `name` by what name of it others reach it."""
 
-    def __init__(self, answer: Callable[[Request], Answer]) -> None:
+    def __init__(self, answer: Callable[[Request], Answer], name: str = "127.0.0.1") -> None:
         self.requests: list[Request] = []
         self.faults: list[Fault] = []
         server, lock = self, threading.Lock()
@@ -89,7 +89,7 @@ class Server:
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        self.url = f"http://{name}:{self.server.server_port}"
         threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
 
     def handle(self, handler: BaseHTTPRequestHandler, answer: Callable[[Request], Answer], lock: Any) -> None:

@@ -30,7 +30,8 @@ class Hub:
         self.parts: dict[tuple[str, int], bytes] = {}
         self.chunks: Path | None = None  # of Xet, where files are uploaded that way
         self.xet_hashes: dict[str, str] = {}  # by SHA-256; the true Hub learns them from what is uploaded
-        self.storage = Server(self.keep)
+        # Another host than the Hub's, as some releases of the client tell by the name alone.
+        self.storage = Server(self.keep, "localhost")
         self.answering: Respond | None = None  # asked before the Hub is, by a test that has something to do meanwhile
         self.server = Server(lambda request: (self.answering or self.answer)(request))
         self.url = self.server.url
