@@ -17,6 +17,7 @@ from .ops_attention_backward_hopper_launch import (
     launch_hopper,
     line_gradient_of_diagonals,
     near_sums_of,
+    readable_tiles,
 )
 from .ops_attention_backward_keys import backward_keys_kernel
 from .ops_attention_backward_queries import backward_queries_kernel, delta_kernel, dq_store_kernel
@@ -102,8 +103,7 @@ def launch_backward(
         keys = hopper.tiles
         if line_gradient:
             diagonals = near_sums_of(bias, problem, k, cu_k, keys.block_m, keys.block_n)
-        # one tile more: the kernel copies a tile ahead
-        rows = (tiles_of(keys.block_m) + 1) * heads
+        rows = readable_tiles(tiles_of(keys.block_m), keys.block_m, max_k) * heads
         lse_tiles, delta_tiles = torch.empty((2, rows, keys.block_m), dtype=torch.float32, device=q.device)
     if not deterministic:
         dq_tiles = torch.empty(

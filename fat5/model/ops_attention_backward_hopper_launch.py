@@ -99,6 +99,20 @@ def near_sums_of(bias, problem, k, cu_k, block_m, block_n) -> NearSums | None:
     return NearSums(sums, first, offsets, lowest)
 
 
+def readable_tiles(tiles: int, block_m: int, max_k: int) -> int:
+    """How many tiles of lse and delta there must be, so that whatever the kernels copy lies in them.
+
+    They copy a tile ahead. A causal program, whose keys only queries from a certain place on see, begins at that place
+    also where its segment has ended before it; a pair of blocks of queries may begin behind its segment.
+
+    Args:
+        tiles: of the queries there are.
+        block_m: queries of a tile.
+        max_k: keys of the longest segment.
+    """
+    return tiles + -(-max_k // block_m) + 4
+
+
 def launch_hopper(
     config, do, q, k, v, lse_tiles, delta_tiles, dq_tiles, dk, dv, far, near, bias, cu_q, cu_k, lengths_k, problem, grid
 ):

@@ -1,11 +1,13 @@
 """Where the attention launchers decline, copy or return early: strides, sizes of a grid, nothing to do."""
 
+import random
+
 import pytest
 import torch
 
 from fat5.model import ops_attention_backward
 from fat5.model.ops_attention import attention
-from fat5.model.ops_attention_backward_hopper_launch import hopper_config
+from fat5.model.ops_attention_backward_hopper_launch import hopper_config, readable_tiles
 from fat5.model.ops_attention_bias import BiasArgs, DenseBias, T5Bias
 from fat5.model.ops_attention_forward import head_rows
 from fat5.model.ops_attention_problem import Problem, addressable
@@ -65,3 +67,35 @@ def test_too_many_rows_for_a_grid_are_refused(device):
     x = torch.zeros(65536, 1, 1, 16, device=device)
     with pytest.raises(ValueError, match="at most 65535 rows or segments in one call, got 65536"):
         attention(x, x, x, dropout_p=0.1)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_what_the_hopper_kernels_copy_ahead_exists(packed):
+    """The tiles of lse and delta that the programs of `fused_backward_kernel` and `near_sums_kernel` copy, by their own
+    arithmetic, over segments of random lengths, short ones behind long ones and empty ones among them.
+    """
+    chance, block_m, block_n = random.Random(0), 64, 128
+    for _ in range(300):
+        lengths = [chance.choice([0, 1, 2, 63, 64, 65, 127, 128, 129, chance.randrange(600)]) for _ in range(9)]
+        keys = lengths if chance.random() < 0.5 else [chance.randrange(600) for _ in lengths]
+        if not packed:
+            lengths, keys = [max(lengths)] * 9, [max(keys)] * 9
+        max_q, max_k, rows = max(lengths), max(keys), sum(lengths)
+        starts = [sum(lengths[:s]) for s in range(10)]
+        in_pack = rows // block_m + 9
+        there = readable_tiles(in_pack if packed else 9 * -(-max_q // block_m), block_m, max_k)
+        copied = []
+        for s, (length, its_keys) in enumerate(zip(lengths, keys, strict=True)):
+            first_tile = starts[s] // block_m + s if packed else s * -(-max_q // block_m)
+            for n0 in range(0, max_k, block_n):
+                for first_m in (0, n0 // block_m * block_m):  # not causal, causal
+                    count = -(-(length - first_m) // block_m) if n0 < its_keys else 0
+                    copied.append(first_tile + first_m // block_m + max(count, 0))
+            if packed:  # blocks of block_n queries, each segment starting one
+                items = starts[s + 1] // block_n + s + 1 - (starts[s] // block_n + s)
+                if s == 8:
+                    items = rows // block_n + 9 - (starts[s] // block_n + s)
+            else:
+                items = -(-max_q // block_n)
+            copied += [first_tile + 2 * j + 1 for j in range(items)]
+        assert max(copied) < there
