@@ -29,6 +29,7 @@ test-all: install ## Run every test, the long ones and the other versions of tra
 
 compile-all: install ## Compile every variant of every kernel for every supported part (hours)
 	$(BIN)/python tests/ops/compile_kernels.py --cover all
+	$(BIN)/python tests/ops/compile_kernels.py --cover all --ops layer
 
 lint: install ## Check style, formatting and types
 	$(BIN)/ruff check .

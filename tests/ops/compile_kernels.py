@@ -74,7 +74,8 @@ class AbsentGPU:
 def variants(cover: str, ops: str) -> Iterator[dict]:
     """Combinations of OPTIONS: the chosen few, enough for every pair, or all."""
     if ops == "layer":
-        yield from layer_variants(list(SHARED_MEMORY), everything=cover == "all")
+        combine = {"first": None, "pairs": pairwise, "all": lambda columns: itertools.product(*columns)}[cover]
+        yield from layer_variants(list(SHARED_MEMORY), combine)
         return
     if cover == "first":
         rows: Iterable[tuple] = FIRST

@@ -1,7 +1,6 @@
 """Launches of the kernels of norm, activation and loss, for `compile_kernels.py`: on CPU tensors, never computed."""
 
-import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
@@ -77,13 +76,13 @@ FIRST = [
 ]
 
 
-def layer_variants(capabilities: list[int], everything: bool) -> Iterator[dict]:
-    """Every combination of options for every part, or a few of them."""
-    if not everything:
+def layer_variants(capabilities: list[int], combine: Callable[[list[list]], Iterable[tuple]] | None) -> Iterator[dict]:
+    """What `combine` makes of the parts and the options of every operator; a few variants without it."""
+    if combine is None:
         yield from FIRST
         return
-    for (op, options), capability in itertools.product(OPTIONS.items(), capabilities):
-        for values in itertools.product(*options.values()):
+    for op, options in OPTIONS.items():
+        for capability, *values in combine([capabilities, *options.values()]):
             yield {"capability": capability, "op": op, **dict(zip(options, values, strict=True))}
 
 

@@ -36,10 +36,11 @@ def test_kernels_compile_and_fit(cover):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="launches go to the GPU that is there")
-@pytest.mark.parametrize("cover", ["first", pytest.param("all", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("cover", ["first", pytest.param("pairs", marks=pytest.mark.slow, id="every pair of options")])
 def test_kernels_of_the_layer_compile_without_spills(cover):
     compiled = compile_kernels("--ops", "layer", "--cover", cover)
-    assert len(compiled) == {"first": 8, "all": 1480}[cover]
+    assert {x["op"] for x in compiled} == {"norm", "activation", "gated linear", "loss"}
+    assert all(x["kernels"] for x in compiled)
     assert not [x for x in compiled if x["wrong"]]
 
 
