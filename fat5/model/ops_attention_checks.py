@@ -108,8 +108,12 @@ def check_devices(
 ) -> None:
     """Refuse tensors that are not where the queries are: a kernel would read their addresses as its own."""
     tensors = {"k": k, "v": v, "cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, "key_lengths": key_lengths, "seed": seed}
-    if bias is not None:
-        (tensors["bias"],) = (x for x in vars(bias).values() if isinstance(x, torch.Tensor))
+    if isinstance(bias, T5Bias):
+        tensors["bias"] = bias.table
+    elif isinstance(bias, AlibiBias):
+        tensors["bias"] = bias.slopes
+    elif isinstance(bias, DenseBias):
+        tensors["bias"] = bias.bias
     for name, tensor in tensors.items():
         if tensor is not None and tensor.device != q.device:
             raise ValueError(f"{name} is on {tensor.device}, q on {q.device}: move it there")
