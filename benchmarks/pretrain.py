@@ -5,10 +5,11 @@
     python benchmarks/pretrain.py                                            # on a CPU: toy sizes, times mean nothing
 
 Writes text of its own, documents of 100 to 2,000 words (a token each) as frequent as words are, trains a T5-base of
-random weights on it by `recipes/ul2.yaml` in bf16, with packing (`stream`) and without (`none`), and reads the run's
-own log: the warm-up's entries are left out, the others added up. Rows are those of a forward pass of one process; an
-update has as many. Model tokens are real encoder and decoder tokens, text tokens those that they were made from; MFU is
-as in `fat5/train/flops.py`. Stores `pretrain-<device>.json` in `benchmarks/results/`.
+random weights on it by `recipes/ul2.yaml` in bf16, with packing (`stream`) and without (`none`), launched from CUDA
+graphs and from Python, and reads the run's own log: the warm-up's entries are left out, the others added up. Rows are
+those of a forward pass of one process; an update has as many. Model tokens are real encoder and decoder tokens, text
+tokens those that they were made from; MFU is as in `fat5/train/flops.py`. Stores `pretrain-<device>.json` in
+`benchmarks/results/`.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +65,7 @@ def write_text(path: Path) -> None:
             file.write(json.dumps({"text": " ".join(f"w{n}" for n in words)}) + "\n")
 
 
-def settings(folder: Path, form: str, rows: int, parallel: str, processes: int) -> list[str]:
+def settings(folder: Path, form: str, rows: int, parallel: str, graphs: bool, processes: int) -> list[str]:
     """What is changed of `recipes/ul2.yaml`."""
     values = {
         "model": f"{{path: '{folder}/tokenizer', fresh: {SHAPE}, dropout_rate: 0.0}}",
@@ -78,6 +80,7 @@ def settings(folder: Path, form: str, rows: int, parallel: str, processes: int) 
         "training.batch_size": rows * processes,
         "training.micro_batch_size": rows,
         "training.parallel": parallel,
+        "training.cuda_graphs": str(graphs).lower(),
         "output.folder": folder / "run",
         "output.log_every": EACH,
         "output.save_every": 10**6,
@@ -123,9 +126,9 @@ def add_up(log: list[dict[str, Any]], text: int, processes: int) -> dict[str, An
     }
 
 
-def measure(folder: Path, form: str, rows: int, parallel: str, processes: int) -> dict[str, Any]:
+def measure(folder: Path, form: str, rows: int, parallel: str, graphs: bool, processes: int) -> dict[str, Any]:
     """One run, in processes of its own."""
-    changes = settings(folder, form, rows, parallel, processes)
+    changes = settings(folder, form, rows, parallel, graphs, processes)
     command = ["-m", "fat5.cli", "pretrain", "ul2", *(part for change in changes for part in ("--set", change))]
     if processes > 1 or parallel == "fsdp":
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
@@ -141,6 +144,7 @@ def main() -> None:
     """Measure, print and store."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--packing", nargs="+", choices=("stream", "segments", "none"), default=["stream", "none"])
+    parser.add_argument("--launch", nargs="+", choices=("graphs", "python"), default=["graphs", "python"])
     parser.add_argument("--rows", nargs="+", type=int, default=[64, 128] if ON_GPU else [4])
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--parallel", nargs="+", choices=("ddp", "fsdp"), default=["ddp"])
@@ -155,14 +159,12 @@ def main() -> None:
         folder = Path(name)
         write_tokenizer(folder / "tokenizer")
         write_text(folder / "text.jsonl")
-        for parallel in options.parallel:
-            for rows in options.rows:
-                for form in options.packing:
-                    case = {"packing": form, "rows": rows, "parallel": parallel}
-                    case |= measure(folder, form, rows, parallel, options.processes)
-                    about["records"].append(case)
-                    path.write_text(json.dumps(about, indent=1) + "\n")
-                    print({k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in case.items()}, flush=True)
+        for parallel, rows, form, launch in product(options.parallel, options.rows, options.packing, options.launch):
+            case = {"packing": form, "rows": rows, "parallel": parallel, "launch": launch}
+            case |= measure(folder, form, rows, parallel, launch == "graphs", options.processes)
+            about["records"].append(case)
+            path.write_text(json.dumps(about, indent=1) + "\n")
+            print({k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in case.items()}, flush=True)
     print(f"written: {path}")
 
 

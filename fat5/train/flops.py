@@ -41,7 +41,7 @@ class Counts:
 
 def count(batch: Mapping[str, Any]) -> Counts:
     """Count a batch, in any of the layouts of `fat5.data.layout`."""
-    encoder, decoder = _lengths(batch)
+    encoder, decoder = example_lengths(batch)
     return Counts(
         encoder=int(encoder.sum()),
         decoder=int(decoder.sum()),
@@ -52,8 +52,11 @@ def count(batch: Mapping[str, Any]) -> Counts:
     )
 
 
-def _lengths(batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """Give the encoder's and the decoder's length of each example [N]; 0 and 0 where a row has fewer than others."""
+def example_lengths(batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Give the encoder's and the decoder's length of each example [N] of a batch, in any of the layouts.
+
+    0 and 0 where a row of segments has fewer than others.
+    """
     if "encoder_cu_seqlens" in batch:
         return batch["encoder_cu_seqlens"].long().diff(), batch["decoder_cu_seqlens"].long().diff()
     if "encoder_segment_ids" in batch:

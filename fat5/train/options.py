@@ -58,6 +58,7 @@ class TrainingOptions:
     precision: Precision = "fp32"
     parallel: Literal["ddp", "fsdp"] = "ddp"
     gradient_checkpointing: bool = False
+    cuda_graphs: bool = True
     seed: int = 0
     deterministic: bool = False
     device: Literal["auto", "cpu"] = "auto"

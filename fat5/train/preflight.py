@@ -176,7 +176,7 @@ def _longest_batch(
     if recipe.training.gradient_checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable()
-    inputs = {key: value.to(args.device) for key, value in batch.items() if key != "denoiser"}
+    inputs = {k: v.to(args.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items() if k != "denoiser"}
     began = time.perf_counter()
     with torch.autocast(args.device.type, torch.bfloat16, enabled=recipe.training.precision == "bf16"):
         loss = model(**inputs).loss

@@ -108,6 +108,7 @@ _MAY_CHANGE = (
     "training.steps",
     "training.schedule_options",
     "training.device",
+    "training.cuda_graphs",
     "training.loader_workers",
     "training.micro_batch_size",
     "guard",

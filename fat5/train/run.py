@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from torch import distributed as dist
 from transformers import TrainingArguments
 
 from fat5.data.documents import DataError
 from fat5.folders import write_file
+from fat5.model.modeling_flash_t5 import FlashT5ForConditionalGeneration
 from fat5.train import checkpoints, sharding
 from fat5.train.arguments import training_arguments
 from fat5.train.callbacks import JsonLines, LastStep, ProgressBar
@@ -19,6 +21,7 @@ from fat5.train.corpora import pin_corpora, require_same_text
 from fat5.train.data import load_data
 from fat5.train.energy import Energy
 from fat5.train.errors import Stopped, TrainingError
+from fat5.train.fixed_shapes import FixedShapes
 from fat5.train.folder import RunFolder
 from fat5.train.guard import StepGuard
 from fat5.train.load import add_rows, load_or_make, own_dropout
@@ -113,6 +116,7 @@ def _trainer(recipe: Recipe, args: TrainingArguments, folder: RunFolder, signals
         tokenizer=tokenizer,
         progress=progress,
         guard=StepGuard(recipe.guard, progress, folder.bad_steps, examples, signals),
+        shapes=_shapes_of_graphs(recipe, model, args, data.mixture.ids.pad),
         callbacks=[JsonLines(folder.log), LastStep(), ProgressBar()],
     )
     trainer.remove_callback(transformers.PrinterCallback)
@@ -121,6 +125,24 @@ def _trainer(recipe: Recipe, args: TrainingArguments, folder: RunFolder, signals
         held_out = data.held_out, data.held_out_collator, data.denoisers
         trainer.add_callback(Samples(folder.samples, *held_out, each, tokenizer, autocast))
     return trainer
+
+
+def _shapes_of_graphs(
+    recipe: Recipe, model: FlashT5ForConditionalGeneration, args: TrainingArguments, pad: int
+) -> FixedShapes | None:
+    """Say how batches are laid out for CUDA graphs; None where steps are not run in them.
+
+    That is without the kernels, which alone take a stream; with several processes, whose exchange of gradients is not
+    captured; and where activations are recomputed, which reads the state of the random numbers.
+    """
+    data, training = recipe.data, recipe.training
+    alone = not (dist.is_available() and dist.is_initialized())
+    takes_streams = model.encoder.may_pack(args.device, model.dtype) and args.device.type == "cuda"
+    takes_streams = takes_streams and not model.config.use_randomized_position_encoding
+    if not (training.cuda_graphs and alone and takes_streams) or training.gradient_checkpointing:
+        return None
+    rows, longest = training.micro_batch_size, (data.max_input_length, data.max_target_length)
+    return FixedShapes(rows * longest[0], rows * longest[1], *longest, pad)
 
 
 def _finish(trainer: PretrainingTrainer, recipe: Recipe, folder: RunFolder, energy: Energy) -> None:

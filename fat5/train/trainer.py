@@ -3,6 +3,8 @@
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from fat5.model.modeling_flash_t5 import FlashT5ForConditionalGeneration
 from fat5.train import checkpoints, sharding
 from fat5.train.errors import TrainingError
+from fat5.train.fixed_shapes import FixedShapes
 from fat5.train.flops import count
+from fat5.train.graphed_step import GraphedStep
 from fat5.train.guard import StepGuard
 from fat5.train.held_out import measure, summarise
 from fat5.train.optimization import make_schedule, own_optimizer
@@ -42,6 +46,7 @@ class PretrainingTrainer(Trainer):
         tokenizer: saved beside the weights of every checkpoint.
         progress: the run's memory, kept in the checkpoints.
         guard: judges each step.
+        shapes: lays the batches out for CUDA graphs, in which the passes then run; None for batches as they are.
         callbacks: as for `Trainer`.
     """
 
@@ -62,6 +67,7 @@ class PretrainingTrainer(Trainer):
         tokenizer: PreTrainedTokenizerBase,
         progress: Progress,
         guard: StepGuard,
+        shapes: FixedShapes | None = None,
         callbacks: list[TrainerCallback],
     ) -> None:
         # The tokenizer is not given to Trainer, which would write its ids over those of the model's config.
@@ -71,7 +77,7 @@ class PretrainingTrainer(Trainer):
         super().__init__(
             model,
             args,
-            data_collator=_counted,
+            data_collator=partial(_counted, shapes=shapes),
             train_dataset=batches,
             eval_dataset=held_out,
             callbacks=[guard, self.throughput, *callbacks],
@@ -87,6 +93,8 @@ class PretrainingTrainer(Trainer):
         self.guard = guard
         self.checkpoints = Path(str(args.output_dir))
         self._written_to = self.checkpoints
+        self._in_graphs = shapes is not None
+        self._graphed_step: GraphedStep | None = None
 
     # ---- the step
 
@@ -107,13 +115,20 @@ class PretrainingTrainer(Trainer):
         and processes; a mean of means would favour the targets of short batches.
         """
         with self.accelerator.autocast():
-            return super().compute_loss(model, _model_inputs(inputs), return_outputs, num_items_in_batch)
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """Run forward and backward; what it came to is judged before the optimizer's step."""
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        step = partial(super().training_step, model)
+        if self._in_graphs:
+            if self._graphed_step is None:
+                self._graphed_step = GraphedStep(step, [p for p in model.parameters() if p.requires_grad])
+            targets = torch.as_tensor(num_items_in_batch, device=self.args.device)
+            loss = self._graphed_step(_model_inputs(inputs), targets)
+        else:
+            loss = step(_model_inputs(inputs), num_items_in_batch)
         self.guard.add(loss, inputs["counts"].tokens)
         return loss
 
@@ -280,10 +295,14 @@ def _bare(optimizer: Any) -> torch.optim.Optimizer:
     return getattr(optimizer, "optimizer", optimizer)
 
 
-def _counted(items: list[dict[str, Any]]) -> dict[str, Any]:
-    """Take the batch out of the loader's list of one, and count it while it is on the host."""
+def _counted(items: list[dict[str, Any]], shapes: FixedShapes | None) -> dict[str, Any]:
+    """Take the batch out of the loader's list of one, and count it and lay it out while it is on the host."""
     [batch] = items
-    return {**batch, "counts": count(batch)}
+    counts = count(batch)
+    if shapes is not None:
+        batch = shapes.stream(batch)
+        counts = replace(counts, places=batch["input_ids"].numel() + batch["labels"].numel())
+    return {**batch, "counts": counts}
 
 
 def _model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:

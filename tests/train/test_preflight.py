@@ -38,6 +38,13 @@ def test_a_run_in_order_is_described_and_nothing_is_written(toy, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("packing", ["segments", "stream"])
+def test_packed_batches_are_tried_as_well(toy, tmp_path, packing):
+    result = dry_run(toy.settings(tmp_path / "out", data__packing=packing))
+    assert result.exit_code == 0, result.output
+    assert re.search(r"longest of 4 batches \(\d+ real of \d+ tokens\).*: loss \d\.\d+", result.output)
+
+
 Usage = namedtuple("Usage", "total used free")
 
 
