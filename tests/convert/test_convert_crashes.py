@@ -47,18 +47,26 @@ def run(source: Path, out: Path, overwrite: bool = False, on_progress: Callable[
     convert(str(source), out, shard_size=SHARD, verify=False, overwrite=overwrite, progress=progress)
 
 
+def run_and_tell(begun: Any, *arguments: Any) -> None:
+    begun.set()
+    run(*arguments)
+
+
 def kill_at_random(source: Path, out: Path, times: int, seed: int, overwrite: bool) -> int:
     """Kill conversions at random moments of their run; returns how many of them it caught in the middle."""
     original, chance, caught = contents(source), random.Random(seed), 0
-    start = time.monotonic()
-    run(source, out)
-    duration = time.monotonic() - start
+    for again in (False, True):  # the first one is slower
+        start = time.monotonic()
+        run(source, out, overwrite=again)
+        duration = time.monotonic() - start
     for _ in range(times):
         if out.exists() and not overwrite:
             shutil.rmtree(out)
-        process = PROCESSES.Process(target=run, args=(source, out, overwrite))
+        begun = PROCESSES.Event()  # how long a process takes to start says nothing
+        process = PROCESSES.Process(target=run_and_tell, args=(begun, source, out, overwrite))
         process.start()
-        time.sleep(chance.uniform(0, 2 * duration))
+        assert begun.wait(60)
+        time.sleep(chance.uniform(0, 1.5 * duration))
         process.kill()
         process.join()
         caught += bool(leftovers(out.parent))
