@@ -75,9 +75,9 @@ def export(
     try:
         layout = _layout(config, checkpoint)
         pairs = keymap.expand(layout, len(checkpoint.tensors))
-        keymap.check({pair.fat5: pair.shape for pair in pairs}, checkpoint.tensors)
     except ConvertError as error:
         raise ConvertError(f"{folder / 'config.json'}: {error}") from error
+    keymap.check(checkpoint, {pair.fat5: pair.shape for pair in pairs})
 
     rescaling = Rescaling.from_dict(provenance.get("rescaling"))
     config.layer_norm_epsilon = config.layer_norm_epsilon * 2.0 ** (2 * rescaling.residual)

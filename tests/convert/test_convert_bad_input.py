@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from safetensors.torch import load_file, save_file
 from toy_checkpoints import all_tensors, edit_config, rewrite, write_checkpoint
 from transformers import (
     BertConfig,
@@ -171,7 +172,19 @@ def test_tensors_that_do_not_fit(
     change: Callable[[Any], None], words: tuple[str, ...], flan: Path, tmp_path: Path
 ) -> None:
     rewrite(flan, change)
-    fails([str(flan), str(tmp_path / "out")], tmp_path, *words)
+    result = fails([str(flan), str(tmp_path / "out")], tmp_path, *words)
+    assert result.output.startswith(f"Error: {flan}/model.safetensors: ")
+
+
+def test_a_wrong_shape_is_said_with_the_shard_that_has_it(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "model", "t5-v1.1", sharded=True)
+    shard = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"][Q]
+    tensors = load_file(folder / shard)
+    tensors[Q] = torch.zeros(24, 33)
+    save_file(tensors, folder / shard)
+    where = f"Error: {folder}: the tensors do not fit {folder}/config.json"
+    what = f"{Q} in {shard} has shape [24, 33], the config asks for [24, 32]"
+    fails([str(folder), str(tmp_path / "out")], tmp_path, where, what)
 
 
 class RunsCode:
@@ -224,7 +237,8 @@ def test_bin_that_is_no_state_dict(tmp_path: Path) -> None:
         ({"feed_forward_proj": "gated-swish-7"}, "feed_forward_proj"),
         ({"feed_forward_proj": {}}, "feed_forward_proj"),
         ({"dropout_rate": "a lot"}, "dropout_rate"),
-        ({"relative_attention_num_buckets": 3}, "wrong shape"),
+        ({"relative_attention_num_buckets": 3}, "relative_attention_num_buckets"),
+        ({"relative_attention_num_buckets": 16}, "wrong shape"),
         ({"use_cache": "often"}, "use_cache"),
         ({"relative_attention_max_distance": 9}, "relative_attention_max_distance"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
