@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,8 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
-from toy_checkpoints import all_tensors, edit_config, rewrite, write_checkpoint
+from tokenizers import Tokenizer, models
+from toy_checkpoints import all_tensors, edit_config, pieces, rewrite, write_checkpoint
 from transformers import (
     BertConfig,
     BertModel,
@@ -261,6 +263,38 @@ def test_configs_that_do_not_fit(changes: dict[str, Any], word: str, flan: Path,
 def test_unreadable_config(content: str, flan: Path, tmp_path: Path) -> None:
     (flan / "config.json").write_text(content)
     fails([str(flan), str(tmp_path / "out")], tmp_path, "config.json")
+
+
+WORDS = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>")).to_str().encode()
+SIDE_FILES: dict[str, bytes] = {
+    "tokenizer.json": WORDS,
+    "spiece.model": pieces(),
+    "tokenizer_config.json": b'{"tokenizer_class": "T5Tokenizer"}',
+    "special_tokens_map.json": b'{"eos_token": "</s>"}',
+    "generation_config.json": b'{"eos_token_id": 1}',
+}
+
+
+@pytest.mark.parametrize("name", SIDE_FILES)
+def test_side_files_that_are_damaged(name: str, flan: Path, converted: dict[str, Path], tmp_path: Path) -> None:
+    """In neither direction are they carried over, and not even a dry run says that they would be."""
+    out = shutil.copytree(converted["t5-v1.1"], tmp_path / "fat5")
+    whole = SIDE_FILES[name]
+    for content in (b"", whole[: len(whole) // 2], b"[]"):
+        for folder in (flan, out):
+            (folder / name).write_bytes(content)
+        for command in ([str(flan)], [str(flan), "--dry-run"], ["export", str(out)]):
+            place = out if "export" in command else flan
+            fails([*command, str(tmp_path / "new")], tmp_path, f"{place / name}: damaged", "Download or copy it again")
+
+
+def test_side_files_that_are_whole(flan: Path, tmp_path: Path) -> None:
+    for name, content in SIDE_FILES.items():
+        (flan / name).write_bytes(content)
+    result = CliRunner().invoke(main, [str(flan), str(tmp_path / "out"), "--no-verify"])
+    assert result.exit_code == 0, result.output
+    kept = {name: (tmp_path / "out" / name).read_bytes() for name in ("tokenizer.json", "spiece.model")}
+    assert kept == {name: SIDE_FILES[name] for name in kept}
 
 
 def test_no_model_type_and_no_t5(tmp_path: Path) -> None:
