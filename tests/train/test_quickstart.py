@@ -1,6 +1,7 @@
 """`make quickstart` around its commands: what a signal does, and what its user is told."""
 
 import importlib.util
+import logging
 import os
 import signal
 import subprocess
@@ -41,6 +42,13 @@ def quickstart(tmp_path, monkeypatch):
     (tmp_path / "fat5").chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     return module
+
+
+def test_the_models_are_compared_without_a_warning(quickstart, toy, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    difference, largest = quickstart.largest_logit_difference(toy.stock, toy.model, toy.held_out)
+    assert difference < 1e-4 * largest
+    assert caplog.messages == []
 
 
 class SignalError(Exception):
