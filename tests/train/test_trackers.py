@@ -1,7 +1,10 @@
 """What `output.report_to` sends to trackers, where they are installed."""
 
 import json
+import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from click.testing import CliRunner
@@ -83,3 +86,19 @@ def test_a_tracker_that_is_not_installed_is_named(toy, tmp_path, monkeypatch):
     result = run(toy, "trackio", tmp_path / "out", "--dry-run")
     assert result.exit_code == 1
     assert "output.report_to names trackio, which is not installed" in result.output
+
+
+def test_a_tracker_that_refuses_is_named(toy, tmp_path, monkeypatch):
+    """As wandb does without a login."""
+    refusal = type("Refusal", (Exception,), {"__module__": "trackio.errors"})
+
+    def refuse(**kwargs):
+        raise refusal("no key")
+
+    tracker = ModuleType("trackio")
+    tracker.__spec__, tracker.init = ModuleSpec("trackio", None), refuse
+    monkeypatch.setitem(sys.modules, "trackio", tracker)
+    monkeypatch.setattr("transformers.integrations.integration_utils.is_trackio_available", lambda: True)
+    result = run(toy, "trackio", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "Error: output.report_to: trackio does not take the log (no key)" in result.output
