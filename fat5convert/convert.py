@@ -21,7 +21,7 @@ from fat5convert.precision import POLICIES, Form, is_bfloat16_exact, kept_dtype
 from fat5convert.recognise import Recognised, recognise
 from fat5convert.rescaling import Rescaling, choose_rescaling
 from fat5convert.sentence_modules import carry_modules
-from fat5convert.side_files import write_config, write_side_files
+from fat5convert.side_files import check_side_files, write_config, write_side_files
 from fat5convert.source import SETTINGS_FILES, Checkpoint, locate
 from fat5convert.staging import check_apart, check_space, check_target, holds_model, staged
 from fat5convert.verify import verify_written
@@ -82,6 +82,7 @@ def plan_conversion(model: str, *, dtype: str = "keep", revision: str | None = N
     """
     checkpoint = Checkpoint(locate(model, revision), config)
     recognised = recognise(checkpoint)
+    check_side_files(checkpoint)
     if dtype == "auto":
         exact = all(is_bfloat16_exact(checkpoint.chunks(pair.source)) for pair in recognised.pairs)
         dtype = "bfloat16" if exact else "keep"

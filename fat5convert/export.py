@@ -22,6 +22,7 @@ from fat5convert.layout import Layout
 from fat5convert.precision import Form, short_name
 from fat5convert.rescaling import Rescaling
 from fat5convert.sentence_modules import carry_modules
+from fat5convert.side_files import check_side_files
 from fat5convert.source import Checkpoint, local
 from fat5convert.staging import check_apart, check_space, holds_model, staged
 from fat5convert.stock_models import stock_config
@@ -75,9 +76,10 @@ def export(
     try:
         layout = _layout(config, checkpoint)
         pairs = keymap.expand(layout, len(checkpoint.tensors))
-        keymap.check({pair.fat5: pair.shape for pair in pairs}, checkpoint.tensors)
     except ConvertError as error:
         raise ConvertError(f"{folder / 'config.json'}: {error}") from error
+    keymap.check(checkpoint, {pair.fat5: pair.shape for pair in pairs})
+    check_side_files(checkpoint)
 
     rescaling = Rescaling.from_dict(provenance.get("rescaling"))
     config.layer_norm_epsilon = config.layer_norm_epsilon * 2.0 ** (2 * rescaling.residual)

@@ -8,14 +8,14 @@ https://github.com/Wan-Video/Wan2.1, Apache-2.0). `NAMINGS` says in which forms 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
 from fat5convert.errors import ConvertError
-from fat5convert.formats import TensorInfo
 from fat5convert.heads import Task
 from fat5convert.layout import Layout, Where
+from fat5convert.source import Checkpoint
 
 Column = Literal["t5", "fat5", "wan"]
 
@@ -221,23 +221,24 @@ def _fill(row: Row, layout: Layout, naming: Naming, stack: str, layer: int) -> l
     return [Pair(naming.name(row, **values), t5, row.fat5.format(**values), shape)]
 
 
-def check(
-    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, TensorInfo], allowed: Sequence[str] = ()
-) -> None:
-    """Hold a file's tensors against what the table says it must contain.
+def check(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]], allowed: Collection[str] = ()) -> None:
+    """Hold a checkpoint's tensors against what the table says it must contain.
 
     Args:
+        checkpoint: whose tensors.
         expected: name -> shape of every tensor that must be there.
-        found: name -> description of every tensor that is there.
         allowed: names that may be there besides.
 
     Raises:
-        ConvertError: tensors are missing, unknown or of a wrong shape; the message names them.
+        ConvertError: tensors are missing, unknown or of a wrong shape; the message names them, and the files that
+            they are in: whether these or the config are at fault cannot be known.
     """
+    found = checkpoint.tensors
+    placed = {name: f"{name} in {checkpoint.file_of(name).name}" for name in found}
     missing = [name for name in expected if name not in found]
-    unknown = [name for name in found if name not in expected and name not in allowed]
+    unknown = [placed[name] for name in found if name not in expected and name not in allowed]
     wrong = [
-        f"{name} has shape {list(found[name].shape)}, the config says {list(shape)}"
+        f"{placed[name]} has shape {list(found[name].shape)}, the config asks for {list(shape)}"
         for name, shape in expected.items()
         if name in found and found[name].shape != shape
     ]
@@ -252,7 +253,8 @@ def check(
     ]
     if problems:
         advice = "Correct the config, or download or save the weights again."
-        raise ConvertError(f"the tensors do not fit the config: {'; '.join(problems)}. {advice}")
+        what = f"the tensors do not fit {checkpoint.config_name}: {'; '.join(problems)}"
+        raise ConvertError(f"{checkpoint.weights_name}: {what}. {advice}")
 
 
 def _some(names: Sequence[str], limit: int = 8) -> str:

@@ -66,7 +66,6 @@ def recognise(checkpoint: Checkpoint) -> Recognised:
     try:
         naming = next((naming for naming in NAMINGS if naming.marker in tensors), STOCK)
         model_type, family_reason = _model_type(raw, tensors, naming)
-        _refuse_scaled_fp8(tensors)
         published = is_published_fat5(raw)
         fields = translate_published(raw) if published else raw
         layout, config = read_layout(fields, FAMILIES[model_type])
@@ -96,9 +95,6 @@ def recognise(checkpoint: Checkpoint) -> Recognised:
         layout, tied_reason = _tying(checkpoint, layout, naming, embedding)
         pairs = keymap.expand(layout, len(tensors), naming)
         pairs[0] = replace(pairs[0], source=embedding)
-        leftovers = _leftovers(checkpoint, pairs, naming)
-        inside = {name: info for name, info in tensors.items() if _is_inside(name, naming)}
-        keymap.check({pair.source: pair.shape for pair in pairs}, inside, tuple(leftovers))
         config |= {
             "tie_word_embeddings": layout.tied,
             "scale_decoder_outputs": scaled,
@@ -109,6 +105,11 @@ def recognise(checkpoint: Checkpoint) -> Recognised:
         FlashT5Config(**config)
     except (ConvertError, ValueError) as error:
         raise ConvertError(f"{checkpoint.config_name}: {error}") from error
+    # From here on the weight files are, or may be, what is wrong: each message names its own.
+    _refuse_scaled_fp8(checkpoint)
+    leftovers = _leftovers(checkpoint, pairs, naming)
+    outside = {name for name in tensors if not _is_inside(name, naming)}
+    keymap.check(checkpoint, {pair.source: pair.shape for pair in pairs}, outside | leftovers.keys())
     _check_dtypes(checkpoint, pairs)
     reasons = {
         "family": family_reason,
@@ -192,7 +193,8 @@ def _leftovers(checkpoint: Checkpoint, pairs: list[Pair], naming: Naming) -> dic
             if known[name].copy and not _same_values(checkpoint, name, pairs[0].source):
                 if name == naming.name(LM_HEAD):  # of a model that should have none
                     continue
-                raise ConvertError(f"{name} differs from {pairs[0].source}: separate embeddings are not supported")
+                what = f"{name} differs from {pairs[0].source}: separate embeddings are not supported"
+                raise ConvertError(f"{checkpoint.file_of(name)}: {what}")
             result[name] = known[name].reason
     for part, count in outside.items():
         result[f"{part}.*"] = f"{count} tensor(s) of other parts of the model"
@@ -208,12 +210,12 @@ def _same_values(checkpoint: Checkpoint, one: str, other: str) -> bool:
     )
 
 
-def _refuse_scaled_fp8(tensors: Iterable[str]) -> None:
-    scales = [name for name in tensors if name.endswith(_FP8_SCALES)]
+def _refuse_scaled_fp8(checkpoint: Checkpoint) -> None:
+    scales = [name for name in checkpoint.tensors if name.endswith(_FP8_SCALES)]
     if scales:
         raise ConvertError(
-            f"{scales[0]}: fp8 weights with scales; their products do not fit float32 exactly, so they would convert "
-            "to something else. Convert the fp16 or bf16 file of the same model"
+            f"{checkpoint.file_of(scales[0])}: {scales[0]}: fp8 weights with scales; their products do not fit float32 "
+            "exactly, so they would convert to something else. Convert the fp16 or bf16 file of the same model"
         )
 
 
@@ -225,5 +227,6 @@ def _check_dtypes(checkpoint: Checkpoint, pairs: list[Pair]) -> None:
         if dtype not in CONVERTIBLE:
             supported = ", ".join(short_name(item) for item in CONVERTIBLE)
             raise ConvertError(
-                f"{checkpoint.folder}: tensor {pair.source} is {short_name(dtype)}; supported are {supported}"
+                f"{checkpoint.file_of(pair.source)}: tensor {pair.source} is {short_name(dtype)}; supported are "
+                f"{supported}"
             )

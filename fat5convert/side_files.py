@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from sentencepiece import SentencePieceProcessor
+from tokenizers import Tokenizer
 from transformers import GenerationConfig
 
 from fat5.model import AUTO_MAP, ENCODER_AUTO_MAP, FlashT5Config
+from fat5convert.errors import ConvertError
 from fat5convert.families import FAMILIES
 from fat5convert.formats import TensorInfo
 from fat5convert.json_files import read_json, write_json
@@ -58,6 +61,27 @@ def _auto_map(layout: Layout) -> dict[str, str]:
         names = ["AutoConfig", "AutoModel", "AutoModelForTextEncoding", f"AutoModelFor{layout.head.task}"]
         return {name: AUTO_MAP[name] for name in names}
     return ENCODER_AUTO_MAP if layout.encoder_only else AUTO_MAP
+
+
+def check_side_files(checkpoint: Checkpoint) -> None:
+    """See that what is carried over can be read: a repo whose tokenizer does not load is of no use.
+
+    Raises:
+        ConvertError: a file is damaged.
+    """
+    for path in checkpoint.side_files():
+        try:
+            if path.name == "tokenizer.json":
+                Tokenizer.from_file(str(path))
+            elif path.suffix == ".model":
+                SentencePieceProcessor(model_file=str(path))
+            elif path.suffix == ".json":
+                read_json(path)
+        except Exception as error:  # `tokenizers` raises no class of its own
+            what = f"damaged, or not what its name says ({str(error).removeprefix(f'{path}: ')})"
+            raise ConvertError(
+                f"{path}: {what}. Download or copy it again, or remove it to convert without it."
+            ) from error
 
 
 def write_side_files(folder: Path, checkpoint: Checkpoint, recognised: Recognised) -> None:

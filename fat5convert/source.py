@@ -165,6 +165,15 @@ class Checkpoint:
         homes = self._homes.items() if self._index else ()
         return [name for name, file in homes if self._index.get(name) != file.path.name]
 
+    @property
+    def weights_name(self) -> str:
+        """The weight file, or the folder where there are several."""
+        return str(self.folder / self.weight_files[0] if len(self.weight_files) == 1 else self.folder)
+
+    def file_of(self, name: str) -> Path:
+        """The weight file that holds a tensor."""
+        return self._homes[name].path
+
     def load(self, name: str) -> torch.Tensor:
         """Read one tensor."""
         return self._homes[name].load(name)

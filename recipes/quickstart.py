@@ -7,7 +7,9 @@ every Python installation carries (`pydoc_data.topics`), and the T5 is a small o
 
 import json
 import re
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -25,6 +27,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 from transformers.utils import logging as transformers_logging
+
+from fat5.train.signals import STOPPED
 
 VOCAB_PIECES = 4000
 SENTINELS = 100
@@ -102,18 +106,41 @@ def write_stock_t5(folder: Path, text: Path) -> None:
 
 
 def run(folder: Path, *command: str) -> None:
-    """Run one of the project's commands in `folder` as a user would, from this environment, and stop if it fails."""
+    """Run one of the project's commands in `folder` as a user would, from this environment, and stop if it fails.
+
+    A signal is the command's to answer, which takes it a while: Ctrl-C reaches it by itself, SIGTERM is passed on.
+    """
     click.secho(f"\n$ {' '.join(command)}", bold=True)
-    program = Path(sys.executable).with_name(command[0])
-    if (status := subprocess.run([str(program), *command[1:]], cwd=folder, check=False).returncode) != 0:
+    words = [str(Path(sys.executable).with_name(command[0])), *command[1:]]
+    process = subprocess.Popen(words, cwd=folder)
+    answers = {signal.SIGINT: lambda *_: None, signal.SIGTERM: lambda *_: process.terminate()}
+    before = {number: signal.signal(number, answer) for number, answer in answers.items()}
+    status = process.wait()
+    for number, answer in before.items():
+        signal.signal(number, answer)
+    if status == STOPPED:
+        click.echo("The walk ends here, and would begin anew. This goes on with the run alone:", err=True)
+        click.echo(f"    cd {shlex.quote(str(folder))} && {shlex.join(words)}", err=True)
+        sys.exit(STOPPED)
+    if status != 0:
         raise click.ClickException(f"`{command[0]}` ended with status {status}; see its message above")
+
+
+class UntiedT5(T5ForConditionalGeneration):
+    """Stock T5, with a head of its own.
+
+    transformers 5 counts the head of every T5 among the tied weights, whatever config.json says, and where the file
+    holds another it warns at length, with advice that would leave the embeddings out.
+    """
+
+    _tied_weights_keys = dict.fromkeys(("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"), "shared.weight")
 
 
 @torch.no_grad()
 def largest_logit_difference(stock_folder: Path, fat5_folder: Path, text: Path) -> tuple[float, float]:
     """Return the largest |difference| of the logits of the two models on a padded batch, and the largest |logit|."""
     tokenizer = AutoTokenizer.from_pretrained(stock_folder)
-    stock = AutoModelForSeq2SeqLM.from_pretrained(stock_folder).eval()
+    stock = UntiedT5.from_pretrained(stock_folder).eval()
     fat5 = AutoModelForSeq2SeqLM.from_pretrained(fat5_folder, trust_remote_code=True).eval()
     lines = text.read_text(encoding="utf-8").splitlines()
     batch = tokenizer([lines[0][:400], lines[1][:100]], padding=True, return_tensors="pt")

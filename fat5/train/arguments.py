@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
@@ -10,6 +11,22 @@ from fat5.train.errors import TrainingError
 from fat5.train.folder import RunFolder
 from fat5.train.optimization import rates, require_optimizer
 from fat5.train.recipe import Recipe
+from fat5.train.typed import to_plain
+
+
+class RecipeArguments(TrainingArguments):
+    """Arguments that tell a tracker of the recipe that they come from.
+
+    What they would tell of themselves is not the run: its optimizer, schedule and warm-up are made beside them, and of
+    its text and denoisers they know nothing.
+    """
+
+    recipe: Recipe
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give what the integrations of `transformers` record as a run's configuration."""
+        plain: dict[str, Any] = to_plain(self.recipe)
+        return plain
 
 
 def require_trackers(names: Sequence[str]) -> None:
@@ -39,7 +56,7 @@ def training_arguments(recipe: Recipe, folder: RunFolder, fresh: bool) -> Traini
     evaluates = bool(recipe.data.evaluation)
     on_cpu = training.device == "cpu" or not torch.accelerator.is_available()
     require_trackers(output.report_to)
-    args = TrainingArguments(
+    args = RecipeArguments(
         output_dir=str(folder.checkpoints),
         max_steps=training.steps,
         per_device_train_batch_size=training.micro_batch_size,
@@ -69,6 +86,7 @@ def training_arguments(recipe: Recipe, folder: RunFolder, fresh: bool) -> Traini
         run_name=folder.root.name,
         disable_tqdm=True,
     )
+    args.recipe = recipe
     if args.n_gpu > 1:
         raise TrainingError(
             f"{args.n_gpu} GPUs are visible to one process; start one process for each, `torchrun --nproc-per-node "

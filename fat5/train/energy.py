@@ -1,5 +1,6 @@
 """Energy, measured where codecarbon is installed."""
 
+import logging
 from importlib.util import find_spec
 from typing import Any
 
@@ -28,6 +29,8 @@ class Energy(TrainerCallback):
         if state.is_local_process_zero and find_spec("codecarbon") is not None:
             from codecarbon import EmissionsTracker
 
+            # It heeds its log_level only once it is set up, and would begin with a warning across the progress bar.
+            logging.getLogger("codecarbon").setLevel(logging.ERROR)
             self._tracker = EmissionsTracker(save_to_file=False, log_level="error")
             self._tracker.start()
 

@@ -80,6 +80,13 @@ def pretrain(recipe: Recipe, resume: str = "auto") -> list[dict[str, Any]]:
     except DataError as error:  # found only when an example was to be built
         # That of a process that prepares batches has its traceback in front.
         raise TrainingError(str(error).rpartition("DataError: ")[2].strip()) from error
+    except Exception as error:
+        tracker = type(error).__module__.partition(".")[0]
+        if tracker not in recipe.output.report_to:
+            raise
+        raise TrainingError(
+            f"output.report_to: {tracker} does not take the log ({error}). Mend that, or leave it out"
+        ) from error
     return trainer.state.log_history
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,9 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from toy_checkpoints import all_tensors, edit_config, rewrite, write_checkpoint
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
+from toy_checkpoints import all_tensors, edit_config, pieces, rewrite, write_checkpoint
 from transformers import (
     BertConfig,
     BertModel,
@@ -171,7 +174,19 @@ def test_tensors_that_do_not_fit(
     change: Callable[[Any], None], words: tuple[str, ...], flan: Path, tmp_path: Path
 ) -> None:
     rewrite(flan, change)
-    fails([str(flan), str(tmp_path / "out")], tmp_path, *words)
+    result = fails([str(flan), str(tmp_path / "out")], tmp_path, *words)
+    assert result.output.startswith(f"Error: {flan}/model.safetensors: ")
+
+
+def test_a_wrong_shape_is_said_with_the_shard_that_has_it(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "model", "t5-v1.1", sharded=True)
+    shard = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"][Q]
+    tensors = load_file(folder / shard)
+    tensors[Q] = torch.zeros(24, 33)
+    save_file(tensors, folder / shard)
+    where = f"Error: {folder}: the tensors do not fit {folder}/config.json"
+    what = f"{Q} in {shard} has shape [24, 33], the config asks for [24, 32]"
+    fails([str(folder), str(tmp_path / "out")], tmp_path, where, what)
 
 
 class RunsCode:
@@ -224,7 +239,8 @@ def test_bin_that_is_no_state_dict(tmp_path: Path) -> None:
         ({"feed_forward_proj": "gated-swish-7"}, "feed_forward_proj"),
         ({"feed_forward_proj": {}}, "feed_forward_proj"),
         ({"dropout_rate": "a lot"}, "dropout_rate"),
-        ({"relative_attention_num_buckets": 3}, "wrong shape"),
+        ({"relative_attention_num_buckets": 3}, "relative_attention_num_buckets"),
+        ({"relative_attention_num_buckets": 16}, "wrong shape"),
         ({"use_cache": "often"}, "use_cache"),
         ({"relative_attention_max_distance": 9}, "relative_attention_max_distance"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
@@ -247,6 +263,38 @@ def test_configs_that_do_not_fit(changes: dict[str, Any], word: str, flan: Path,
 def test_unreadable_config(content: str, flan: Path, tmp_path: Path) -> None:
     (flan / "config.json").write_text(content)
     fails([str(flan), str(tmp_path / "out")], tmp_path, "config.json")
+
+
+WORDS = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>")).to_str().encode()
+SIDE_FILES: dict[str, bytes] = {
+    "tokenizer.json": WORDS,
+    "spiece.model": pieces(),
+    "tokenizer_config.json": b'{"tokenizer_class": "T5Tokenizer"}',
+    "special_tokens_map.json": b'{"eos_token": "</s>"}',
+    "generation_config.json": b'{"eos_token_id": 1}',
+}
+
+
+@pytest.mark.parametrize("name", SIDE_FILES)
+def test_side_files_that_are_damaged(name: str, flan: Path, converted: dict[str, Path], tmp_path: Path) -> None:
+    """In neither direction are they carried over, and not even a dry run says that they would be."""
+    out = shutil.copytree(converted["t5-v1.1"], tmp_path / "fat5")
+    whole = SIDE_FILES[name]
+    for content in (b"", whole[: len(whole) // 2], b"[]"):
+        for folder in (flan, out):
+            (folder / name).write_bytes(content)
+        for command in ([str(flan)], [str(flan), "--dry-run"], ["export", str(out)]):
+            place = out if "export" in command else flan
+            fails([*command, str(tmp_path / "new")], tmp_path, f"{place / name}: damaged", "Download or copy it again")
+
+
+def test_side_files_that_are_whole(flan: Path, tmp_path: Path) -> None:
+    for name, content in SIDE_FILES.items():
+        (flan / name).write_bytes(content)
+    result = CliRunner().invoke(main, [str(flan), str(tmp_path / "out"), "--no-verify"])
+    assert result.exit_code == 0, result.output
+    kept = {name: (tmp_path / "out" / name).read_bytes() for name in ("tokenizer.json", "spiece.model")}
+    assert kept == {name: SIDE_FILES[name] for name in kept}
 
 
 def test_no_model_type_and_no_t5(tmp_path: Path) -> None:

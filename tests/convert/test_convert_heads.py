@@ -151,7 +151,7 @@ def test_verification_compares_the_head(tmp_path: Path, monkeypatch: pytest.Monk
         (
             SEQUENCE,
             {"id2label": {"0": "a", "1": "b"}},
-            r"out_proj.weight has shape \[3, 32\], the config says \[2, 32\]",
+            r"out_proj.weight in model.safetensors has shape \[3, 32\], the config asks for \[2, 32\]",
         ),
         (SEQUENCE, {"id2label": ["a"]}, "id2label"),
         (SEQUENCE, {"label2id": {"no": "0"}}, "label2id"),

@@ -112,11 +112,6 @@ def test_neither_true_nor_false(key: str, flan: Path, tmp_path: Path) -> None:
     assert f"{key} must be true or false, not 'false'" in message(flan, tmp_path / "out")
 
 
-def test_a_side_file_is_named_where_it_lies(flan: Path, tmp_path: Path) -> None:
-    (flan / "tokenizer_config.json").write_text("[]")
-    assert f"{flan}/tokenizer_config.json: expected a JSON object" in message(flan, tmp_path / "out")
-
-
 def test_a_head_of_another_task_is_unknown(flan: Path, tmp_path: Path) -> None:
     edit_config(flan, architectures=["T5ForSequenceClassification"])
     said = message(flan, tmp_path / "out")

@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import unquote, urlparse
 
 import pytest
-from toy_checkpoints import write_checkpoint
+from toy_checkpoints import pieces, write_checkpoint
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REPO = "someone/tiny-t5"
@@ -73,7 +73,7 @@ class Hub:
 @pytest.fixture
 def hub(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Hub]:
     folder = write_checkpoint(tmp_path / "repo", "umt5", weights=getattr(request, "param", "safetensors"), sharded=True)
-    (folder / "spiece.model").write_bytes(b"pieces")
+    (folder / "spiece.model").write_bytes(pieces())
     (folder / "tf_model.h5").write_bytes(b"large")
     hub = Hub(folder)
     yield hub
@@ -99,7 +99,7 @@ def test_hub_id_then_its_cache(hub: Hub, online: dict[str, str], tmp_path: Path)
     fat5convert(env, REPO, tmp_path / "out", "--revision", "v1", "--no-verify")
     conversion = json.loads((tmp_path / "out" / "conversion.json").read_text())
     assert (conversion["source"]["name"], conversion["source"]["revision"]) == (REPO, COMMIT)
-    assert (tmp_path / "out" / "spiece.model").read_bytes() == b"pieces"
+    assert (tmp_path / "out" / "spiece.model").read_bytes() == (hub.folder / "spiece.model").read_bytes()
     assert "tf_model.h5" not in hub.downloads
     assert conversion["source"]["files"] == sorted(f for f in hub.downloads if "-of-" in f)
 

@@ -166,9 +166,11 @@ def test_wan_names_its_umt5_otherwise(tmp_path: Path) -> None:
 def test_the_config_of_a_single_file_is_checked(tmp_path: Path) -> None:
     stock = make_encoder()
     save_file(encoder_tensors(stock), tmp_path / "t5.safetensors")
-    with pytest.raises(ConvertError, match=r"--config t5-v1_1-xxl.*missing tensor.*the config says"):
+    with pytest.raises(ConvertError, match=r"--config t5-v1_1-xxl.*missing tensor.*the config asks for"):
         convert(str(tmp_path / "t5.safetensors"), tmp_path / "out", config="t5-v1_1-xxl")
-    with pytest.raises(ConvertError, match=r"shared.weight has shape \[120, 32\], the config says \[32128, 512\]"):
+    with pytest.raises(
+        ConvertError, match=r"shared.weight in t5.safetensors has shape \[120, 32\], the config asks for \[32128, 512\]"
+    ):
         plan_conversion(
             str(tmp_path / "t5.safetensors"), config=str(_config_of("t5-v1_1-small", tmp_path, num_layers=3))
         )

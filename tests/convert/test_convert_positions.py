@@ -133,7 +133,10 @@ def test_the_oracle_does_not_share_our_formula(stock: Path, tmp_path: Path, monk
         ({"position_encoding_type": "ALiBi", "alibi_mode": "sideways"}, "alibi_mode"),
         ({"position_encoding_type": "ALiBi", "use_randomized_position_encoding": True}, "Set it to false"),
         ({"position_encoding_type": "t5", "use_randomized_position_encoding": "yes"}, "must be true or false"),
-        ({"position_encoding_type": "FIRE", "fire_mlp_width": WIDTH + 1}, "mlp.0.weight has shape"),
+        (
+            {"position_encoding_type": "FIRE", "fire_mlp_width": WIDTH + 1},
+            "mlp.0.weight in model.safetensors has shape",
+        ),
         ({"position_encoding_type": "FIRE", "fire_mlp_width": 0}, "fire_mlp_width"),
         ({"position_encoding_type": "t5"}, "missing tensor.*relative_attention_bias"),
     ],

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from toy_checkpoints import FAMILIES, all_tensors, edit_config, rewrite, write_checkpoint
+from toy_checkpoints import FAMILIES, all_tensors, edit_config, pieces, rewrite, write_checkpoint
 from toy_layouts import make_encoder, write_config, write_published_fat5, write_wan
 
 from fat5.model import FlashT5ForConditionalGeneration
@@ -94,14 +94,14 @@ def test_a_trained_model_without_provenance(family: str, converted: dict[str, Pa
 
 
 def test_side_files_come_along(flan: Path, tmp_path: Path) -> None:
-    (flan / "spiece.model").write_bytes(b"pieces")
+    (flan / "spiece.model").write_bytes(pieces())
     (flan / "tokenizer_config.json").write_text('{"model_max_length": 77}')
     edit_config(flan, task_specific_params={"a": 1})
     convert(str(flan), tmp_path / "out", verify=False)
     settings = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
     assert settings == {"model_max_length": 77, "tokenizer_class": "T5Tokenizer"}
     export(tmp_path / "out", tmp_path / "t5")
-    assert (tmp_path / "t5" / "spiece.model").read_bytes() == b"pieces"
+    assert (tmp_path / "t5" / "spiece.model").read_bytes() == (flan / "spiece.model").read_bytes()
     generation = json.loads((flan / "generation_config.json").read_text())
     assert json.loads((tmp_path / "t5" / "generation_config.json").read_text()) == generation
     assert json.loads((tmp_path / "t5" / "config.json").read_text())["task_specific_params"] == {"a": 1}

@@ -1,5 +1,6 @@
 """Small stock T5 checkpoints of every family, written by stock transformers in each family's true layout."""
 
+import io
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from sentencepiece import SentencePieceTrainer
 from transformers import (
     MT5Config,
     MT5ForConditionalGeneration,
@@ -138,6 +140,15 @@ def _to_bin(folder: Path, sharded: bool) -> None:
         torch.save({name: tensors[name].clone() for name in shard}, folder / file)
         weight_map |= dict.fromkeys(shard, file)
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def pieces() -> bytes:
+    """A small SentencePiece model."""
+    model = io.BytesIO()
+    text = ["the old cat sees a dog", "one bird finds two trees"]
+    options = {"vocab_size": 30, "hard_vocab_limit": False, "minloglevel": 2}
+    SentencePieceTrainer.train(sentence_iterator=iter(text), model_writer=model, **options)
+    return model.getvalue()
 
 
 def all_tensors(folder: Path) -> dict[str, torch.Tensor]:

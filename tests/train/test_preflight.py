@@ -75,7 +75,6 @@ def test_too_little_of_disk_or_memory_is_found(toy, tmp_path, monkeypatch, spoil
         ({"training__batch_size": 6, "training__micro_batch_size": 4}, "batch_size 6 must be a multiple"),
         ({"training__schedule": "wsd"}, "training.schedule_options do not fit schedule wsd"),
         ({"training__optimizer": "adamw_8bit"}, "training.optimizer adamw_8bit: "),
-        ({"output__report_to": "[trackio]"}, "output.report_to names trackio, which is not installed"),
         ({"training__parallel": "fsdp"}, ""),
     ],
 )

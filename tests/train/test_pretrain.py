@@ -152,22 +152,6 @@ def test_the_split_into_forward_passes_does_not_change_the_run(toy, tmp_path):
         assert entry == pytest.approx(expected, rel=1e-4)
 
 
-def test_tensorboard_gets_what_the_log_has(toy, tmp_path):
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator").EventAccumulator
-    out = tmp_path / "out"
-    assert run(toy.settings(out, output__report_to="[tensorboard]", evaluation__samples=0)).exit_code == 0
-    [folder] = (out / "checkpoints" / "runs").iterdir()
-    events = accumulator(str(folder))
-    events.Reload()
-    for name, key in (
-        ("train/loss", "loss"),
-        ("train/tokens_per_second", "tokens_per_second"),
-        ("eval/loss", "eval_loss"),
-    ):
-        expected = [e[key] for e in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if key in e]
-        assert [scalar.value for scalar in events.Scalars(name)] == pytest.approx(expected, rel=1e-6)
-
-
 def test_an_output_folder_that_cannot_be_made_is_named(toy, tmp_path):
     (tmp_path / "file").write_text("in the way")
     result = run(toy.settings(tmp_path / "file" / "out"))
