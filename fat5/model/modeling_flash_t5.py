@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from .ops_attention_forward import launch_forward as launch_forward
     from .ops_attention_forward_kernel import forward_kernel as forward_kernel
     from .ops_attention_forward_sm90 import shared_layout as shared_layout
+    from .ops_attention_places_sm90 import block_of as block_of
     from .ops_attention_problem import Problem as Problem
     from .ops_attention_reference import reference_attention as reference_attention
     from .ops_attention_strips import expand_strips as expand_strips

@@ -98,20 +98,20 @@ def launch_backward(
 
     dq_tiles = None
     hopper = hopper_config(q, k, v, do, bias, problem, capability) if not deterministic else None
-    lse_tiles = delta_tiles = diagonals = None
+    row_tiles = diagonals = None
     if hopper is not None:
         keys = hopper.tiles
         if line_gradient:
             diagonals = near_sums_of(bias, problem, k, cu_k, keys.block_m, keys.block_n)
         rows = readable_tiles(tiles_of(keys.block_m), keys.block_m, max_k) * heads
-        lse_tiles, delta_tiles = torch.empty((2, rows, keys.block_m), dtype=torch.float32, device=q.device)
+        row_tiles = torch.empty((rows, 2, keys.block_m), dtype=torch.float32, device=q.device)
     if not deterministic:
         dq_tiles = torch.empty(
             tiles_of(keys.block_m) * heads * block_d * keys.block_m, dtype=torch.float32, device=q.device
         )
     grid_q = (triton.cdiv(max_q, keys.block_m), heads, segments)
     delta_kernel[grid_q](
-        out, do, lse2, delta, dq_tiles, lse_tiles, delta_tiles, cu_q, *out.stride()[:3], *do.stride()[:3], rows_q,
+        out, do, lse2, delta, dq_tiles, row_tiles, cu_q, *out.stride()[:3], *do.stride()[:3], rows_q,
         max_q, BLOCK_M=keys.block_m,
         FUSED=not deterministic, **common,
     )  # fmt: skip
@@ -125,8 +125,7 @@ def launch_backward(
             q,
             k,
             v,
-            lse_tiles,
-            delta_tiles,
+            row_tiles,
             dq_tiles,
             dk,
             dv,
@@ -180,7 +179,7 @@ def launch_backward(
         if diagonals is not None:
             dbias = line_gradient_of_diagonals(diagonals, far, bias)
         elif hopper is not None:
-            dbias = hopper_line_gradient(do, q, k, v, lse_tiles, delta_tiles, far, bias, cu_q, cu_k, lengths_k, problem)
+            dbias = hopper_line_gradient(do, q, k, v, row_tiles, far, bias, cu_q, cu_k, lengths_k, problem)
         else:
             dbias = _line_gradient(*arguments, bias, far, cu_q, cu_k, lengths_k, problem, keys, variant, seed)
     elif dense is not None and bias_gradient:

@@ -18,6 +18,7 @@ except ImportError as error:  # a guarded import is what the loader of remote co
     raise ImportError("the attention kernels need Triton") from error
 
 from .ops_attention_diagonals_hopper import no_carry, store_carry, store_diagonals, store_strips, thread_sums
+from .ops_attention_places_sm90 import hidden_zero
 
 LOG2_E = gl.constexpr(1.4426950408889634)
 NEAR = gl.constexpr(128)  # keys, at whose grain a tile counts as near or far in the sums
@@ -25,17 +26,16 @@ NEAR = gl.constexpr(128)  # keys, at whose grain a tile counts as near or far in
 
 @gluon.jit
 def issue_tile(
-    q_desc, do_desc, q_buf, do_buf, lse_buf, delta_buf, bars, p_lse, p_delta, batch, row, h, block_step, slot,
-    BLOCK_M: gl.constexpr, row_layout: gl.constexpr,
+    q_desc, do_desc, q_buf, do_buf, row_buf, bars, p_rows, batch, row, h, tile, slot,
+    BLOCK_M: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
-    """Start the copies of one block of queries: Q, dO, lse, delta."""
+    """Start the copies of one block of queries: Q, dO, and lse and delta, which lie side by side in `p_rows`."""
     bar = bars.index(slot)
     mbarrier.expect(bar, q_desc.block_type.nbytes + do_desc.block_type.nbytes)
     tma.async_copy_global_to_shared(q_desc, [batch, row, h, 0], bar, q_buf.index(slot))
     tma.async_copy_global_to_shared(do_desc, [batch, row, h, 0], bar, do_buf.index(slot))
-    o_m = gl.arange(0, BLOCK_M, row_layout)
-    async_copy.async_copy_global_to_shared(lse_buf.index(slot), p_lse + block_step + o_m)
-    async_copy.async_copy_global_to_shared(delta_buf.index(slot), p_delta + block_step + o_m)
+    o_row = gl.arange(0, 2 * BLOCK_M, gl.BlockedLayout([4], [32], [num_warps], [0]))
+    async_copy.async_copy_global_to_shared(row_buf.index(slot), p_rows + (tile.to(gl.int64) * (2 * BLOCK_M) + o_row))
     async_copy.commit_group()
 
 
@@ -54,19 +54,19 @@ def bias_tile(
 
     `offset` is the distance of the tile's first key from its first query. Its keys `first_key` to `end_key` count.
     """
-    # a zero that the compiler cannot see through, or it would keep every score's address in registers over the loop
-    zero = gl.inline_asm_elementwise("mov.b32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
     o_m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, layout))
-    o_n = gl.arange(0, BLOCK_N, gl.SliceLayout(1, layout)) + zero
+    # a thread's columns differ from its lane's first by constants, which the instructions hold
+    o_lane, o_rest = (o_m & 6)[None, :], (o_m & -7)[None, :]
+    o_n = gl.arange(0, BLOCK_N, gl.SliceLayout(1, layout)) + hidden_zero()
     if BIAS == 1:
         # beyond the line's reach the bias is constant, so that the tile may as well be nearer
         p_first = p_line + gl.minimum(gl.maximum(offset, -left - BLOCK_N), right + BLOCK_M)
-        b_bias = gl.load(p_first + (o_n.to(gl.int64)[:, None] - o_m.to(gl.int64)[None, :]))
+        b_bias = gl.load(p_first + (o_n[:, None] - o_lane).to(gl.int64) + -o_rest.to(gl.int64))
     else:
         b_bias = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, layout)
     m_visible = ((o_n >= first_key) & (o_n < end_key))[:, None]
     if CAUSAL:
-        m_visible = m_visible & (offset + o_n[:, None] - o_m[None, :] <= 0)
+        m_visible = m_visible & (offset + o_n[:, None] - o_lane - o_rest <= 0)
     return gl.where(m_visible, b_bias, float("-inf"))
 
 
@@ -89,7 +89,7 @@ def near_bias(
 
 @gluon.jit(do_not_specialize=["max_q", "max_k", "q_offset", "near_blocks"])
 def fused_backward_kernel(
-    q_desc, do_desc, p_k, p_v, p_lse, p_delta, p_dq_tiles, p_dk, p_dv, p_far, p_near, p_line, p_cu_q, p_cu_k,
+    q_desc, do_desc, p_k, p_v, p_rows, p_dq_tiles, p_dk, p_dv, p_far, p_near, p_line, p_cu_q, p_cu_k,
     p_lengths_k, stride_kb, stride_kl, stride_kh, stride_vb, stride_vl, stride_vh, stride_dkb, stride_dkl, stride_dkh,
     stride_dvb, stride_dvl, stride_dvh,
     heads, max_q, max_k, q_offset, scale, line_size, left, right, first_near, near_count, near_blocks, lowest_row, rows,
@@ -97,7 +97,8 @@ def fused_backward_kernel(
     LINE_GRADIENT: gl.constexpr, PLACES: gl.constexpr, STAGES: gl.constexpr, LATE_DP: gl.constexpr,
     HALF_P: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
-    """As `backward_keys_kernel`, fused; lse and delta come in tiles `[BLOCK_M]` per block of queries and head.
+    """As `backward_keys_kernel`, fused; lse and delta come in `p_rows`, a tile `[2, BLOCK_M]` per block of queries and
+    head.
 
     A tile of dQ lies in `p_dq_tiles` in the order of the registers of the product that made it.
 
@@ -117,10 +118,9 @@ def fused_backward_kernel(
     ds_layout: gl.constexpr = gl.DotOperandLayout(0, kv_layout, 2)
     far_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, 8, 16])
     far_ds_layout: gl.constexpr = gl.DotOperandLayout(0, far_layout, 2)
-    row_layout: gl.constexpr = gl.BlockedLayout([4], [32], [num_warps], [0])
     load_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [num_warps, 1], [1, 0])
     shared: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    shared_row: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    shared_rows: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
 
     n0 = gl.program_id(0) * BLOCK_N
     h = gl.program_id(1)
@@ -141,19 +141,14 @@ def fused_backward_kernel(
     end_k = len_k
     if p_lengths_k is not None:
         len_k = gl.minimum(len_k, gl.load(p_lengths_k + s))
-    first_m = n0 * 0
+    first_block = n0 * 0  # of queries, that sees these keys
     if CAUSAL:
-        first_m = gl.maximum(n0 - q_offset, 0) // BLOCK_M * BLOCK_M
-    count = (len_q - first_m + BLOCK_M - 1) // BLOCK_M
-    if n0 >= len_k:
-        count = count * 0
+        first_block = gl.maximum(n0 - q_offset, 0) // BLOCK_M
+    end_block = gl.where(n0 < len_k, (len_q + BLOCK_M - 1) // BLOCK_M, first_block)
 
     p_k += batch * stride_kb + first_k * stride_kl + h * stride_kh
     p_v += batch * stride_vb + first_k * stride_vl + h * stride_vh
-    row_step = heads * BLOCK_M
-    p_lse += (first_tile * heads + h) * BLOCK_M
-    p_delta += (first_tile * heads + h) * BLOCK_M
-    p_dq_tiles += (first_tile * heads + h) * (BLOCK_M * HEAD_DIM)
+    first_tile = (first_tile * heads + h).to(gl.int32)
     scale_log2 = scale * LOG2_E
     far_left = 0.0
     far_right = 0.0
@@ -170,8 +165,7 @@ def fused_backward_kernel(
     for i in gl.static_range(STAGES):
         mbarrier.init(bars.index(i), 1)
     ds_buf = gl.allocate_shared_memory(element, [2, BLOCK_N, BLOCK_M], shared)
-    lse_buf = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], shared_row)
-    delta_buf = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], shared_row)
+    row_buf = gl.allocate_shared_memory(gl.float32, [STAGES, 2 * BLOCK_M], shared_rows)
 
     o_key = gl.arange(0, BLOCK_N, gl.SliceLayout(1, load_layout))
     o_d = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, load_layout))
@@ -203,12 +197,12 @@ def fused_backward_kernel(
     batch_index = batch.to(gl.int32)
     # the first tile has none before it: its products with zeros add nothing
     tile_of(q_buf, STAGES - 1, BLOCK_M, HEAD_DIM).store(gl.zeros([BLOCK_M, HEAD_DIM], element, load_layout))
-    ds_buf.index(1).store(gl.zeros([BLOCK_N, BLOCK_M], element, load_layout))
+    ds_buf.index((first_block + 1) & 1).store(gl.zeros([BLOCK_N, BLOCK_M], element, load_layout))
     fence_async_shared()
     gl.thread_barrier()
     issue_tile(
-        q_desc, do_desc, q_buf, do_buf, lse_buf, delta_buf, bars, p_lse, p_delta, batch_index, first_row + first_m, h,
-        (first_m // BLOCK_M) * row_step, 0, BLOCK_M, row_layout,
+        q_desc, do_desc, q_buf, do_buf, row_buf, bars, p_rows, batch_index,
+        first_row + first_block * BLOCK_M, h, first_tile + first_block * heads, 0, BLOCK_M, num_warps,
     )  # fmt: skip
     mbarrier.wait(bars.index(0), 0)
     async_copy.wait_group(0)
@@ -222,21 +216,26 @@ def fused_backward_kernel(
     b_far = gl.zeros([BLOCK_N, 8], gl.float32, far_layout)
 
     b_ds16 = gl.zeros([BLOCK_N, BLOCK_M], element, ds_layout)
-    side = first_m * 0
+    side = n0 * 0
     IN_FLIGHT: gl.constexpr = 2 + (0 if LATE_DP else 1) + (1 if FAR_PRODUCT else 0)
     near_n0 = n0 // NEAR * NEAR - q_offset
-    slot = first_m * 0
+    slot = n0 * 0  # of this tile's queries, and the phase of their barrier
+    phase = n0 * 0
     is_near, b_bias = near_bias(
-        p_line, n0 - first_m - q_offset, left, right, len_k - n0, BLOCK_M, BLOCK_N, BIAS, CAUSAL, score_layout
-    )
-    for i in range(count):
-        m0 = first_m + i * BLOCK_M
+        p_line, n0 - first_block * BLOCK_M - q_offset, left, right, len_k - n0, BLOCK_M, BLOCK_N, BIAS, CAUSAL,
+        score_layout,
+    )  # fmt: skip
+    for block in range(first_block, end_block):
+        zero = hidden_zero()
+        m0 = block * BLOCK_M
+        tile = first_tile + (block + zero) * heads
         offset = n0 - m0 - q_offset
-        slot = i % STAGES
-        last_slot = (i + STAGES - 1) % STAGES
+        last_slot = gl.where(slot == 0, STAGES - 1, slot - 1)
+        next_slot = gl.where(slot == STAGES - 1, 0, slot + 1)
+        next_phase = phase ^ gl.where(next_slot == 0, 1, 0)
         issue_tile(
-            q_desc, do_desc, q_buf, do_buf, lse_buf, delta_buf, bars, p_lse, p_delta, batch_index,
-            first_row + m0 + BLOCK_M, h, (m0 // BLOCK_M + 1) * row_step, (i + 1) % STAGES, BLOCK_M, row_layout,
+            q_desc, do_desc, q_buf, do_buf, row_buf, bars, p_rows, batch_index, first_row + m0 + BLOCK_M, h,
+            tile + heads, next_slot, BLOCK_M, num_warps,
         )  # fmt: skip
         q_tile = tile_of(q_buf, slot, BLOCK_M, HEAD_DIM)
         do_tile = tile_of(do_buf, slot, BLOCK_M, HEAD_DIM)
@@ -249,8 +248,10 @@ def fused_backward_kernel(
             b_far = warpgroup_mma(
                 gl.convert_layout(b_ds16, far_ds_layout), far_buf.index(side).permute([1, 0]), b_far, is_async=True
             )
-        b_dq = warpgroup_mma(k_buf.permute([1, 0]), ds_buf.index((i + 1) & 1), b_dq_zero, use_acc=False, is_async=True)
-        b_lse = lse_buf.index(slot).load(gl.SliceLayout(0, score_layout))
+        b_dq = warpgroup_mma(
+            k_buf.permute([1, 0]), ds_buf.index((block + 1) & 1), b_dq_zero, use_acc=False, is_async=True
+        )
+        b_lse = row_buf.index(slot).slice(0, BLOCK_M).load(gl.SliceLayout(0, score_layout))
         is_left = offset + (BLOCK_N - 1) <= -left
         if BIAS == 1:
             b_lse -= gl.where(is_near, 0.0, gl.where(is_left, far_left, far_right))
@@ -264,12 +265,9 @@ def fused_backward_kernel(
         else:
             b_dv = warpgroup_mma(gl.convert_layout(b_p16, ds_layout), do_tile, b_dv, is_async=True)
             b_dprob, b_dk, b_dq, b_far = warpgroup_mma_wait(num_outstanding=1, deps=[b_dp, b_dk, b_dq, b_far])
-        if i > 0:
-            b_dq_row = register_order(b_dq, HEAD_DIM, BLOCK_M, num_warps)
-            o_tile = gl.arange(0, HEAD_DIM * BLOCK_M, b_dq_row.type.layout)
-            p_tile = p_dq_tiles + (m0 // BLOCK_M - 1).to(gl.int64) * (row_step * HEAD_DIM)
-            gl.atomic_add(p_tile + o_tile, b_dq_row, sem="relaxed")
-        b_delta = delta_buf.index(slot).load(gl.SliceLayout(0, score_layout))
+        if block > first_block:
+            add_dq(p_dq_tiles, tile - heads, b_dq, HEAD_DIM, BLOCK_M)
+        b_delta = row_buf.index(slot).slice(BLOCK_M, BLOCK_M).load(gl.SliceLayout(0, score_layout))
         if LATE_DP:
             b_dprob = warpgroup_mma_wait(num_outstanding=1, deps=[b_dp])
         if HALF_P:
@@ -277,7 +275,7 @@ def fused_backward_kernel(
         b_ds = b_p * (b_dprob - b_delta[None, :])
         side = gl.where(near_n0 - m0 + (NEAR - 1) <= -left, 1, gl.where(near_n0 - m0 - (BLOCK_M - 1) >= right, 2, 0))
         b_ds_half = b_ds.to(element)
-        ds_buf.index(i & 1).store(b_ds_half)
+        ds_buf.index(block & 1).store(b_ds_half)
         b_ds16 = gl.convert_layout(b_ds_half, ds_layout)
         if PLACES > 0:
             shift = n0 - m0 - first_near  # to the first near offset, a multiple of BLOCK_M
@@ -293,27 +291,26 @@ def fused_backward_kernel(
         is_near, b_bias = near_bias(
             p_line, offset - BLOCK_M, left, right, len_k - n0, BLOCK_M, BLOCK_N, BIAS, CAUSAL, score_layout
         )
-        mbarrier.wait(bars.index((i + 1) % STAGES), ((i + 1) // STAGES) & 1)
+        mbarrier.wait(bars.index(next_slot), next_phase)
         async_copy.wait_group(0)
         fence_async_shared()
         gl.thread_barrier()
-    if count > 0:
-        b_dk = warpgroup_mma(b_ds16, tile_of(q_buf, slot, BLOCK_M, HEAD_DIM), b_dk, is_async=True)
+        slot, phase = next_slot, next_phase
+    if end_block > first_block:
+        last_slot = gl.where(slot == 0, STAGES - 1, slot - 1)
+        b_dk = warpgroup_mma(b_ds16, tile_of(q_buf, last_slot, BLOCK_M, HEAD_DIM), b_dk, is_async=True)
         if FAR_PRODUCT:
             b_far = warpgroup_mma(
                 gl.convert_layout(b_ds16, far_ds_layout), far_buf.index(side).permute([1, 0]), b_far, is_async=True
             )
         b_dq = warpgroup_mma(
-            k_buf.permute([1, 0]), ds_buf.index((count + 1) & 1), b_dq_zero, use_acc=False, is_async=True
+            k_buf.permute([1, 0]), ds_buf.index((end_block + 1) & 1), b_dq_zero, use_acc=False, is_async=True
         )
         b_dk, b_dq, b_far = warpgroup_mma_wait(num_outstanding=0, deps=[b_dk, b_dq, b_far])
-        b_dq_row = register_order(b_dq, HEAD_DIM, BLOCK_M, num_warps)
-        o_tile = gl.arange(0, HEAD_DIM * BLOCK_M, b_dq_row.type.layout)
-        p_tile = p_dq_tiles + (first_m // BLOCK_M + count - 1).to(gl.int64) * (row_step * HEAD_DIM)
-        gl.atomic_add(p_tile + o_tile, b_dq_row, sem="relaxed")
+        add_dq(p_dq_tiles, first_tile + (end_block - 1) * heads, b_dq, HEAD_DIM, BLOCK_M)
 
     if PLACES > 0:
-        shift = n0 - first_m - (count - 1) * BLOCK_M - first_near  # of the last tile
+        shift = n0 - (end_block - 1) * BLOCK_M - first_near  # of the last tile
         if (shift > 0) & (shift < near_count * BLOCK_M):
             store_carry(strips_buf.index(shift // BLOCK_M - 1), b_carry)
         else:
@@ -331,7 +328,19 @@ def fused_backward_kernel(
         b_sides = gl.sum(gl.sum(gl.sum(gl.join(b_left, b_right), 2), 1), 0)
         gl.store(p_program + gl.arange(0, 2, b_sides.type.layout), b_sides)
 
-    o_row = gl.arange(0, BLOCK_N, gl.SliceLayout(1, load_layout))
+    zero = hidden_zero()
+    o_row = gl.arange(0, BLOCK_N, gl.SliceLayout(1, load_layout)) + zero
+    n0 = (gl.program_id(0) + zero) * BLOCK_N
+    h = gl.program_id(1) + zero
+    s = gl.program_id(2) + zero
+    batch = s.to(gl.int64)
+    first_k = batch * 0
+    end_k = max_k
+    if p_cu_k is not None:
+        batch = batch * 0
+        first_k = gl.load(p_cu_k + s).to(gl.int64)
+        end_k = (gl.load(p_cu_k + s + 1) - first_k).to(gl.int32)
+    start_n = n0.to(gl.int64)
     m_row = (n0 + o_row < end_k)[:, None]
     p_dk += batch * stride_dkb + first_k * stride_dkl + h * stride_dkh + start_n * stride_dkl
     p_dv += batch * stride_dvb + first_k * stride_dvl + h * stride_dvh + start_n * stride_dvl
@@ -352,9 +361,11 @@ def fused_backward_kernel(
 
 
 @gluon.jit
-def register_order(b_dq, HEAD_DIM: gl.constexpr, BLOCK_M: gl.constexpr, num_warps: gl.constexpr):
-    """Tile `[HEAD_DIM, BLOCK_M]` as one row, such that four registers of a thread, then a warp's lanes, lie
-    side by side.
+def add_dq(p_dq_tiles, tile, b_dq, HEAD_DIM: gl.constexpr, BLOCK_M: gl.constexpr):
+    """Add `[HEAD_DIM, BLOCK_M]` to a tile of dQ, where four registers of a thread, then a warp's lanes, lie side by
+    side.
     """
     b = b_dq.reshape([HEAD_DIM // 16, 2, 8, BLOCK_M // 8, 4, 2])  # warp, half, row, column of 8, pair, element
-    return b.permute([3, 0, 2, 4, 1, 5]).reshape([HEAD_DIM * BLOCK_M])
+    b_row = b.permute([3, 0, 2, 4, 1, 5]).reshape([HEAD_DIM * BLOCK_M])
+    o_tile = gl.arange(0, HEAD_DIM * BLOCK_M, b_row.type.layout)
+    gl.atomic_add(p_dq_tiles + (tile.to(gl.int64) * (HEAD_DIM * BLOCK_M) + o_tile), b_row, sem="relaxed")

@@ -114,7 +114,7 @@ def readable_tiles(tiles: int, block_m: int, max_k: int) -> int:
 
 
 def launch_hopper(
-    config, do, q, k, v, lse_tiles, delta_tiles, dq_tiles, dk, dv, far, near, bias, cu_q, cu_k, lengths_k, problem, grid
+    config, do, q, k, v, row_tiles, dq_tiles, dk, dv, far, near, bias, cu_q, cu_k, lengths_k, problem, grid
 ):
     """Fills dq_tiles, dk, dv, the far sums and the near ones."""
     block_m, block_n, num_warps, stages = config.tiles
@@ -130,7 +130,7 @@ def launch_hopper(
     if near is not None:
         sums, lowest = near.sums, near.lowest
     fused_backward_kernel[grid](
-        q_desc, do_desc, k, v, lse_tiles, delta_tiles, dq_tiles, dk, dv, far, sums, line, cu_q, cu_k, lengths_k,
+        q_desc, do_desc, k, v, row_tiles, dq_tiles, dk, dv, far, sums, line, cu_q, cu_k, lengths_k,
         *k.stride()[:3], *v.stride()[:3], *dk.stride()[:3], *dv.stride()[:3], heads, problem.max_seqlen_q,
         problem.max_seqlen_k, problem.q_offset, problem.scale, line_size, left, right, first + problem.q_offset,
         offsets, 0 if sums is None else sums.shape[1], lowest, 0 if sums is None else sums.shape[2], HEAD_DIM=head_dim,
@@ -150,7 +150,7 @@ RING = {64: 3, 128: 2}  # blocks of keys that fit beside the queries, per head w
 MAX_GROUP = 3  # fp32 tiles that a program's registers hold
 
 
-def hopper_line_gradient(do, q, k, v, lse_tiles, delta_tiles, far, bias, cu_q, cu_k, lengths_k, problem):
+def hopper_line_gradient(do, q, k, v, row_tiles, far, bias, cu_q, cu_k, lengths_k, problem):
     """As `_line_gradient`, with the kernel for sm_90."""
     block_m, block_n = 64, 128
     heads, head_dim = q.shape[2:]
@@ -167,7 +167,7 @@ def hopper_line_gradient(do, q, k, v, lse_tiles, delta_tiles, far, bias, cu_q, c
     line = padded_line(bias, block_m + block_n, 1 / problem.scale)
     near_sums_kernel[(splits, heads, 2 * groups)](
         rows_descriptor(q, block_m), rows_descriptor(do, block_m), rows_descriptor(k, block_n),
-        rows_descriptor(v, block_n), lse_tiles, delta_tiles, line, tiles, cu_q, cu_k, lengths_k, item_segment, heads,
+        rows_descriptor(v, block_n), row_tiles, line, tiles, cu_q, cu_k, lengths_k, item_segment, heads,
         problem.max_seqlen_q, problem.max_seqlen_k, problem.q_offset, problem.scale, line.shape[1],
         bias.left + block_m + block_n, bias.left, bias.right, first + problem.q_offset, offsets, items,
         HEAD_DIM=head_dim, BLOCK_M=block_m, GROUP=group, RING=min(group, RING[head_dim]), CAUSAL=problem.causal,

@@ -22,15 +22,15 @@ from .ops_attention_backward_tile import (
 
 @triton.jit(do_not_specialize=["rows_q", "max_q"])
 def delta_kernel(
-    p_out, p_do, p_lse, p_delta, p_dq_tiles, p_lse_tiles, p_delta_tiles, p_cu_q, stride_ob, stride_ol, stride_oh,
+    p_out, p_do, p_lse, p_delta, p_dq_tiles, p_row_tiles, p_cu_q, stride_ob, stride_ol, stride_oh,
     stride_gb, stride_gl, stride_gh, rows_q,
     max_q, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, FUSED: tl.constexpr,
 ):  # fmt: skip
     """Delta = rowsum(dO * O), fp32; clears the tiles to which the fused form adds dQ. Grid (query blocks,
     heads, segments).
 
-    The Hopper kernel takes lse and delta in tiles too, `[BLOCK_M]` per block of queries and head, +inf and 0 beyond the
-    segment.
+    The Hopper kernel takes lse and delta in tiles too, `[2, BLOCK_M]` per block of queries and head, +inf and 0 beyond
+    the segment.
     """
     m0 = tl.program_id(0) * BLOCK_M
     h = tl.program_id(1)
@@ -55,10 +55,11 @@ def delta_kernel(
     row = h.to(tl.int64) * rows_q + start_q
     tl.store(p_delta + row + o_m, b_delta, mask=o_m < len_q)
     tile = (first_tile + m0 // BLOCK_M) * tl.num_programs(1) + h
-    if p_lse_tiles is not None:
+    if p_row_tiles is not None:
         b_lse = tl.load(p_lse + row + o_m, mask=o_m < len_q, other=float("inf"))
-        tl.store(p_lse_tiles + tile * BLOCK_M + tl.arange(0, BLOCK_M), b_lse)
-        tl.store(p_delta_tiles + tile * BLOCK_M + tl.arange(0, BLOCK_M), b_delta)
+        p_rows = p_row_tiles + tile * (2 * BLOCK_M) + tl.arange(0, BLOCK_M)
+        tl.store(p_rows, b_lse)
+        tl.store(p_rows + BLOCK_M, b_delta)
     if FUSED:
         p_tile = p_dq_tiles + tile * (BLOCK_D * BLOCK_M)
         o_tile = tl.arange(0, BLOCK_D)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]

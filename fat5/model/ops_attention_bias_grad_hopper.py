@@ -59,7 +59,7 @@ def issue_keys(k_desc, v_desc, k_buf, v_buf, bars, batch, row, h, count, RING: g
 
 @gluon.jit(do_not_specialize=["max_q", "max_k", "q_offset", "items"])
 def near_sums_kernel(
-    q_desc, do_desc, k_desc, v_desc, p_lse, p_delta, p_line, p_tiles, p_cu_q, p_cu_k, p_lengths_k, p_item_segment,
+    q_desc, do_desc, k_desc, v_desc, p_rows, p_line, p_tiles, p_cu_q, p_cu_k, p_lengths_k, p_item_segment,
     heads, max_q, max_k, q_offset, scale, line_size, line_zero, left, right, first_shift, offsets, items,
     HEAD_DIM: gl.constexpr, BLOCK_M: gl.constexpr, GROUP: gl.constexpr, RING: gl.constexpr, CAUSAL: gl.constexpr,
     num_warps: gl.constexpr,
@@ -76,8 +76,7 @@ def near_sums_kernel(
     element: gl.constexpr = q_desc.dtype
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, BLOCK_M, 16])
     column: gl.constexpr = gl.SliceLayout(0, layout)
-    row_layout: gl.constexpr = gl.BlockedLayout([4], [32], [num_warps], [0])
-    shared_row: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    shared_rows: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     split = gl.program_id(0)
     h = gl.program_id(1)
     kind = gl.program_id(2) % 2
@@ -94,14 +93,16 @@ def near_sums_kernel(
     do_buf = gl.allocate_shared_memory(element, [2, 1, BLOCK_M, 1, HEAD_DIM], do_desc.layout)
     k_buf = gl.allocate_shared_memory(element, [RING, 1, BLOCK_N, 1, HEAD_DIM], k_desc.layout)
     v_buf = gl.allocate_shared_memory(element, [RING, 1, BLOCK_N, 1, HEAD_DIM], v_desc.layout)
-    lse_buf = gl.allocate_shared_memory(gl.float32, [2, BLOCK_M], shared_row)
-    delta_buf = gl.allocate_shared_memory(gl.float32, [2, BLOCK_M], shared_row)
+    row_buf = gl.allocate_shared_memory(gl.float32, [3, 2 * BLOCK_M], shared_rows)
     q_bars = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     k_bars = gl.allocate_shared_memory(gl.int64, [RING, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(2):
         mbarrier.init(q_bars.index(stage), 1)
     for stage in gl.static_range(RING):
         mbarrier.init(k_bars.index(stage), 1)
+    # where a block of queries is beyond the segment
+    o_row = gl.arange(0, 2 * BLOCK_M, gl.BlockedLayout([4], [32], [num_warps], [0]))
+    row_buf.index(2).store(gl.where(o_row < BLOCK_M, float("inf"), 0.0))
     gl.thread_barrier()
 
     b_zero = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, layout)
@@ -114,9 +115,8 @@ def near_sums_kernel(
     last_s = s - s - 1
     if begin < end:
         issue_tile(
-            q_desc, do_desc, q_buf, do_buf, lse_buf, delta_buf, q_bars, p_lse, p_delta, batch,
-            first_q + (2 * j + second) * BLOCK_M, h, ((first_tile + 2 * j + second) * heads + h) * BLOCK_M, 0, BLOCK_M,
-            row_layout,
+            q_desc, do_desc, q_buf, do_buf, row_buf, q_bars, p_rows, batch,
+            first_q + (2 * j + second) * BLOCK_M, h, (first_tile + 2 * j + second) * heads + h, 0, BLOCK_M, num_warps,
         )  # fmt: skip
     issued = begin * 0  # blocks of keys
     oldest = begin * 0  # the first of them that this pair needs
@@ -142,12 +142,13 @@ def near_sums_kernel(
         )
         if item + 1 < end:
             issue_tile(
-                q_desc, do_desc, q_buf, do_buf, lse_buf, delta_buf, q_bars, p_lse, p_delta, batch_next,
-                first_q + (2 * j + second) * BLOCK_M, h, ((first_tile + 2 * j + second) * heads + h) * BLOCK_M,
-                1 - q_slot, BLOCK_M, row_layout,
+                q_desc, do_desc, q_buf, do_buf, row_buf, q_bars, p_rows, batch_next,
+                first_q + (2 * j + second) * BLOCK_M, h, (first_tile + 2 * j + second) * heads + h,
+                1 - q_slot, BLOCK_M, num_warps,
             )  # fmt: skip
         q_tile = tile_of(q_buf, q_slot, BLOCK_M, HEAD_DIM).permute([1, 0])
         do_tile = tile_of(do_buf, q_slot, BLOCK_M, HEAD_DIM).permute([1, 0])
+        rows = row_buf.index(gl.where(len_k > 0, q_slot, 2))
         new_sums = ()
         for t in gl.static_range(GROUP):
             n0 = first_n + t * BLOCK_N
@@ -159,12 +160,17 @@ def near_sums_kernel(
             )
             b_s = warpgroup_mma(tile_of(k_buf, slot, BLOCK_N, HEAD_DIM), q_tile, b_bias, is_async=True)
             b_dp = warpgroup_mma(tile_of(v_buf, slot, BLOCK_N, HEAD_DIM), do_tile, b_zero, use_acc=False, is_async=True)
-            b_lse = gl.where(len_k > 0, lse_buf.index(q_slot).load(column), float("inf"))
-            b_delta = gl.where(len_k > 0, delta_buf.index(q_slot).load(column), 0.0)
+            b_lse = rows.slice(0, BLOCK_M).load(column)
+            b_delta = rows.slice(BLOCK_M, BLOCK_M).load(column)
             b_s = warpgroup_mma_wait(num_outstanding=1, deps=[b_s])
             b_p = gl.exp2(b_s * scale_log2 - b_lse[None, :])
-            b_dp = warpgroup_mma_wait(num_outstanding=0, deps=[b_dp])
-            new_sums = new_sums + (b_sums[t] + b_p * (b_dp - b_delta[None, :]),)  # noqa: RUF005
+            b_dp, b_p = warpgroup_mma_wait(num_outstanding=0, deps=[b_dp, b_p])  # b_p, so that it is done by then
+            b_sum = b_sums[t]
+            # with a third sum registers run out if the compiler leaves this work until the next tile's products run,
+            # hence a branch; nothing is lost where there are no keys
+            if (GROUP < 3) | (len_k > 0):
+                b_sum += b_p * (b_dp - b_delta[None, :])
+            new_sums = new_sums + (b_sum,)  # noqa: RUF005
             gl.thread_barrier()  # all warps have done with this block; nor may the next one's loads take registers yet
             if t == 0:  # noqa: SIM102  (decided by the compiler, the other at run time)
                 if (RING < GROUP) | ((s == last_s) & (item + 1 < end)):

@@ -54,6 +54,8 @@ FORWARD_SM90_CAUSAL = {
     (64, 2): ForwardConfig(128, 128, 4, 2, groups=2),
     (128, 2): ForwardConfig(128, 128, 4, 2, groups=2, wide_bias=True),
 }
+# T5's bias of 64 wide heads beyond SHORT_SM90: three groups have too few registers for it
+FORWARD_SM90_LONG = ForwardConfig(128, 128, 4, 2, groups=2)
 SHORT_SM90 = 4096  # up to so many keys, T5's bias of 64 wide heads is faster in the portable kernel
 
 
@@ -82,6 +84,6 @@ def forward_config(
         return FORWARD_PORTABLE[key]
     if groups and causal:
         return FORWARD_SM90_CAUSAL[key]
-    if groups and not (biased and block_d == 64 and keys <= SHORT_SM90):
+    if groups and not (biased and block_d == 64):
         return FORWARD_SM90_GROUPS[key]
-    return FORWARD_SM90[key]
+    return FORWARD_SM90_LONG if groups and keys > SHORT_SM90 else FORWARD_SM90[key]

@@ -26,6 +26,8 @@ try:
 except ImportError as error:  # a guarded import is what the loader of remote code asks for
     raise ImportError("the attention kernels need Triton") from error
 
+from .ops_attention_places_sm90 import band_of, block_of, hidden_zero, last_key, lengths_of
+
 LOG2_E = gl.constexpr(1.4426950408889634)
 INFINITY = gl.constexpr(float("inf"))
 __all__ = ["TensorDescriptor", "forward_sm90_kernel", "shared_layout"]
@@ -37,57 +39,6 @@ ELEMENTS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 def shared_layout(rows: int, head_dim: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
     """Order in shared memory of a tile `[rows, head_dim]` that the copy engine writes and the matrix unit reads."""
     return gl.NVMMASharedLayout.get_default_for([rows, head_dim], ELEMENTS[dtype])
-
-
-@gluon.jit
-def block_of(tile, blocks, heads, tiles, bundle, CAUSAL: gl.constexpr):
-    """Block of queries, head and segment of one tile of work."""
-    if CAUSAL:
-        # the longest rows first, for as many heads at a time as have keys and values that fit in the L2 cache
-        first = tile // (bundle * blocks) * bundle
-        width = gl.minimum(bundle, tiles // blocks - first)
-        within = tile - first * blocks
-        block = blocks - 1 - within // width
-        row = first + within % width
-    else:
-        block = tile % blocks
-        row = tile // blocks
-    return block, row % heads, row // heads
-
-
-@gluon.jit
-def lengths_of(s, p_cu_q, p_cu_k, p_lengths_k, max_q, max_k, PACKED: gl.constexpr, LENGTHS: gl.constexpr):
-    """First query, number of queries, first key and number of keys of segment `s`."""
-    if PACKED:
-        start_q = gl.load(p_cu_q + s)
-        start_k = gl.load(p_cu_k + s)
-        len_q = gl.load(p_cu_q + s + 1) - start_q
-        len_k = gl.load(p_cu_k + s + 1) - start_k
-    else:
-        start_q = s * max_q
-        start_k = s * max_k
-        len_q = max_q
-        len_k = max_k
-    if LENGTHS:
-        len_k = gl.minimum(len_k, gl.load(p_lengths_k + s))
-    return start_q, len_q, start_k, len_k
-
-
-@gluon.jit
-def last_key(m0, len_k, q_offset, BLOCK_M: gl.constexpr, CAUSAL: gl.constexpr):
-    """End of the keys that a block of queries sees."""
-    last = len_k
-    if CAUSAL:
-        last = gl.maximum(gl.minimum(len_k, m0 + q_offset + BLOCK_M), 0)
-    return last
-
-
-@gluon.jit
-def band_of(m0, q_offset, left, right, BLOCK_N: gl.constexpr):
-    """First and end of the blocks of keys, multiples of BLOCK_N, for which the bias of 64 queries is not one number."""
-    near = gl.maximum(m0 + q_offset - left + 1, 0) // BLOCK_N * BLOCK_N
-    far = gl.maximum(m0 + q_offset + 63 + right + BLOCK_N - 1, 0) // BLOCK_N * BLOCK_N
-    return near, far
 
 
 @gluon.jit
@@ -176,9 +127,11 @@ def softmax_step(
     if tail:
         o_m = gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))[:, None]
         o_n = gl.arange(0, BLOCK_N, gl.SliceLayout(0, LAYOUT))[None, :]
-        m_visible = (n0 + o_n < len_k) & (o_m >= 0)
+        # a thread's columns differ from its lane's first by constants, which the instructions hold
+        o_lane, o_rest = o_n & 6, o_n & -7
+        m_visible = ((n0 - len_k + o_lane) + o_rest < 0) & (o_m >= 0)
         if CAUSAL:
-            m_visible = m_visible & (n0 + o_n <= m0 + o_m + q_offset)
+            m_visible = m_visible & ((n0 - m0 - q_offset + o_lane - o_m) + o_rest <= 0)
         b_s = gl.where(m_visible, b_s, -INFINITY)
     shift = 0.0
     if BIAS == 1:
@@ -197,7 +150,8 @@ def wait_values(v_smem, v_full, step, rows, STAGES: gl.constexpr, BLOCK_N: gl.co
     mbarrier.wait(v_full.index(stage), (step // STAGES) & 1)
     if rows < BLOCK_N:
         ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-        m_rows = gl.arange(0, BLOCK_N, gl.SliceLayout(1, ROWS))[:, None] < rows
+        o_row = gl.arange(0, BLOCK_N, gl.SliceLayout(1, ROWS))[:, None]
+        m_rows = ((o_row & (1024 // D - 1)) - rows) + (o_row & -(1024 // D)) < 0  # as columns in `softmax_step`
         b_v = v_smem.index(stage).load(ROWS)
         v_smem.index(stage).store(gl.where(m_rows, b_v, 0.0))
         fence_async_shared()
@@ -229,6 +183,8 @@ def attend(
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         block, h, s = block_of(tile, blocks, heads, tiles, bundle, CAUSAL)
         start_q, len_q, _start_k, len_k = lengths_of(s, p_cu_q, p_cu_k, p_lengths_k, max_q, max_k, PACKED, LENGTHS)
+        zero = hidden_zero()
+        len_k += zero
         if block * BLOCK_M < len_q:
             m0 = block * BLOCK_M + 64 * G
             last = last_key(block * BLOCK_M, len_k, q_offset, BLOCK_M, CAUSAL)
@@ -286,15 +242,21 @@ def attend(
                 mbarrier.arrive(q_free.index(G), count=1)
             b_scale = gl.convert_layout(1.0 / gl.where(b_sum == 0.0, 1.0, b_sum), gl.SliceLayout(1, O_LAYOUT))
             b_out = gl.convert_layout((b_out * b_scale[:, None]).to(dtype), STORE)
-            o_m = m0 + gl.arange(0, 64, gl.SliceLayout(1, STORE))
-            o_d = gl.arange(0, D, gl.SliceLayout(0, STORE))
+            # found again, for want of registers to keep it in
+            block, h, s = block_of(tile + hidden_zero(), blocks, heads, tiles, bundle, CAUSAL)
+            start_q, len_q, _start_k, _len_k = lengths_of(s, p_cu_q, p_cu_k, p_lengths_k, max_q, max_k, PACKED, LENGTHS)
+            m0 = block * BLOCK_M + 64 * G
+            # a thread's rows, like its columns above, differ by constants
+            o_row = gl.arange(0, 64, gl.SliceLayout(1, STORE))[:, None]
+            o_lane, o_rest = m0 + (o_row & (1024 // D - 1)), o_row & -(1024 // D)
+            o_d = gl.arange(0, D, gl.SliceLayout(0, STORE))[None, :]
             p_rows = p_out + h * stride_oh
             if PACKED:
                 p_rows += start_q.to(gl.int64) * stride_ol
             else:
                 p_rows += s.to(gl.int64) * stride_ob
-            m_rows = (o_m < len_q)[:, None] & (o_d < D)[None, :]
-            gl.store(p_rows + o_m[:, None].to(gl.int64) * stride_ol + o_d[None, :], b_out, mask=m_rows)
+            p_lane = p_rows + (o_lane.to(gl.int64) * stride_ol + o_d)
+            gl.store(p_lane + o_rest.to(gl.int64) * stride_ol, b_out, mask=(o_lane + o_rest < len_q) & (o_d < D))
             b_lse = gl.where(b_sum == 0.0, INFINITY, b_max + gl.log2(b_sum))
             o_r = m0 + gl.arange(0, 64, gl.SliceLayout(1, S_LAYOUT))
             gl.store(p_lse + h.to(gl.int64) * rows_q + start_q + o_r, b_lse, mask=o_r < len_q)

@@ -45,6 +45,7 @@ RUNTIME_FILES = (
     "ops_attention_forward.py",
     "ops_attention_forward_kernel.py",
     "ops_attention_forward_sm90.py",
+    "ops_attention_places_sm90.py",
     "ops_attention_problem.py",
     "ops_attention_reference.py",
     "ops_attention_strips.py",

@@ -42,14 +42,16 @@ OPTIONS = {
     "layout": ["padded", "lengths", "packed"],
     "dropout": [False, True],
     "deterministic": [False, True],
+    "length": [256, 8192],  # on either side of where other kernels or configurations take over
 }
 FIRST = [
-    (90, 64, "bfloat16", "t5", False, "padded", False, False),
-    (90, 128, "bfloat16", "t5", True, "packed", False, False),
-    (80, 64, "bfloat16", "t5", True, "packed", False, True),
-    (86, 256, "bfloat16", "dense", False, "lengths", False, False),
-    (89, 128, "float32", "t5", False, "padded", False, True),
-    (100, 64, "float16", "alibi", True, "padded", True, False),
+    (90, 64, "bfloat16", "t5", False, "padded", False, False, 256),
+    (90, 64, "bfloat16", "t5", False, "padded", False, False, 8192),
+    (90, 128, "bfloat16", "t5", True, "packed", False, False, 256),
+    (80, 64, "bfloat16", "t5", True, "packed", False, True, 256),
+    (86, 256, "bfloat16", "dense", False, "lengths", False, False, 256),
+    (89, 128, "float32", "t5", False, "padded", False, True, 256),
+    (100, 64, "float16", "alibi", True, "padded", True, False, 256),
 ]
 TUNED = (90,)  # parts whose configurations were chosen by measuring
 FAST_HEAD_DIMS = (64, 128)
@@ -142,12 +144,12 @@ def compile_variant(variant: dict, launch: Callable[[dict], None]) -> list[dict]
 
 def launch_both(variant: dict) -> None:
     """Forward and backward of a small problem with the variant's options."""
-    heads, length, d = 2, 256, variant["head_dim"]
+    heads, length, d = 2, variant["length"], variant["head_dim"]
     packed = variant["layout"] == "packed"
     dtype = getattr(torch, variant["dtype"])
     q, k, v, out, grad = (torch.zeros(1 if packed else 2, length, heads, d, dtype=dtype) for _ in range(5))
-    cu = torch.tensor([0, 128, 256], dtype=torch.int32) if packed else None
-    lengths = torch.tensor([256, 128], dtype=torch.int32) if variant["layout"] == "lengths" else None
+    cu = torch.tensor([0, length // 2, length], dtype=torch.int32) if packed else None
+    lengths = torch.tensor([length, length // 2], dtype=torch.int32) if variant["layout"] == "lengths" else None
     buckets, left, right = bias_line(not variant["causal"], 32, 128)
     table = torch.zeros(32, heads, dtype=dtype)
     bias = {
