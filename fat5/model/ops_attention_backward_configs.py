@@ -15,7 +15,7 @@ class BackwardConfig(NamedTuple):
 # (kernel, bytes per element, padded head width up to) -> configuration. No more than 99 KiB of shared memory: any part
 # from sm_80 on. Chosen from what the compiler reports (registers, spills), not tuned on a device.
 PORTABLE = {
-    ("keys", 2, 64): BackwardConfig(64, 128, 8, 2),
+    ("keys", 2, 64): BackwardConfig(64, 64, 8, 2),
     ("keys", 2, 128): BackwardConfig(32, 64, 4, 1),
     ("keys", 2, 256): BackwardConfig(32, 32, 8, 1),
     ("queries", 2, 64): BackwardConfig(64, 64, 4, 1),
@@ -33,6 +33,7 @@ PORTABLE = {
 }
 # H200. The fused kernel for sm_90 has configurations of its own.
 SM90 = {
+    ("keys", 2, 64): BackwardConfig(64, 128, 8, 2),
     ("keys", 2, 128): BackwardConfig(64, 64, 8, 2),
     ("queries", 2, 64): BackwardConfig(128, 64, 4, 2),
     ("queries", 2, 128): BackwardConfig(64, 64, 8, 2),
