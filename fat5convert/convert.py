@@ -134,7 +134,7 @@ def convert(
     check_apart(out, location.folder / location.file if location.file else location.folder)
     check_space(out, plan.nbytes)
     with staged(out, overwrite, holds_model("flash_t5"), resume=True) as folder:
-        conversion = _write(plan, folder, shard_size, progress(plan) if progress else lambda count: None)
+        conversion = _write(plan, folder, shard_size, progress(plan) if progress else lambda count: None, verify)
         parity = None
         if verify:
             parity = verify_written(folder, plan.checkpoint, plan.recognised, conversion)
@@ -144,14 +144,14 @@ def convert(
     return Report(plan, conversion, parity)
 
 
-def _write(plan: Plan, folder: Path, shard_size: int, advance: Advance) -> dict[str, Any]:
+def _write(plan: Plan, folder: Path, shard_size: int, advance: Advance, verify: bool) -> dict[str, Any]:
     checkpoint, recognised = plan.checkpoint, plan.recognised
     items = [
         Item(pair.fat5, checkpoint, pair.source, checkpoint.tensors[pair.source], plan.forms[pair.fat5])
         for pair in recognised.pairs
     ]
     journal = Journal(folder, _fingerprint(plan, shard_size))
-    tensors = write_weights(folder, items, shard_size, advance, journal)
+    tensors = write_weights(folder, items, shard_size, advance, journal, cached=verify)
     journal.close()
     rounding = {name: facts.pop("rounding") for name, facts in tensors.items() if "rounding" in facts}
     overflows = [name for name, errors in rounding.items() if errors["overflows"]]

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
+from fat5convert.direct_file import DirectFile
 from fat5convert.errors import ConvertError
 from fat5convert.formats import SAFETENSORS_DTYPES, TensorInfo
 from fat5convert.hashing import Chunked, tensor_bytes
@@ -42,7 +43,12 @@ class Item:
 
 
 def write_weights(
-    folder: Path, items: Sequence[Item], shard_size: int, advance: Advance, journal: Journal | None = None
+    folder: Path,
+    items: Sequence[Item],
+    shard_size: int,
+    advance: Advance,
+    journal: Journal | None = None,
+    cached: bool = True,
 ) -> dict[str, dict[str, Any]]:
     """Write `model.safetensors`, or numbered shards with their index when one file would exceed `shard_size`.
 
@@ -52,6 +58,7 @@ def write_weights(
         shard_size: most bytes of data per file (a larger tensor gets a file of its own).
         advance: called with every count of bytes written.
         journal: where finished shards are noted, and may be found; those are not written again.
+        cached: leave the files in the page cache, for whoever reads them next.
 
     Returns:
         For every tensor: `source`, `source_dtype`, `dtype`, `exponent` where it is not 0, `source_sha256` and
@@ -66,7 +73,7 @@ def write_weights(
         for name, shard in zip(names, shards, strict=True):
             found = journal.finished(folder / name, [item.name for item in shard]) if journal else None
             if found is None:
-                found = _write_shard(folder / name, shard, advance, pool)
+                found = _write_shard(folder / name, shard, advance, pool, cached)
                 if journal:
                     journal.record(folder / name, found)
             else:
@@ -95,7 +102,7 @@ def _split(items: Sequence[Item], shard_size: int) -> list[list[Item]]:
 
 
 def _write_shard(
-    path: Path, items: Sequence[Item], advance: Advance, pool: ThreadPoolExecutor
+    path: Path, items: Sequence[Item], advance: Advance, pool: ThreadPoolExecutor, cached: bool
 ) -> dict[str, dict[str, Any]]:
     # Wide dtypes first: then every tensor of the file is aligned to its own size.
     items = sorted(items, key=lambda item: -item.info.dtype.itemsize)
@@ -108,15 +115,14 @@ def _write_shard(
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
+    with closing(DirectFile(path, cached)) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         facts = {item.name: _write_tensor(file, item, advance, pool) for item in items}
-        file.flush()
-        os.fsync(file.fileno())
+        file.finish()
     return facts
 
 
-def _write_tensor(file: BinaryIO, item: Item, advance: Advance, pool: ThreadPoolExecutor) -> dict[str, Any]:
+def _write_tensor(file: DirectFile, item: Item, advance: Advance, pool: ThreadPoolExecutor) -> dict[str, Any]:
     """Write one tensor; hashing and measuring run in threads beside reading, rounding and writing."""
     changes = item.form != Form(item.source_info.dtype)
     source_digest, digest, meter = hashlib.sha256(), hashlib.sha256(), ErrorMeter()
