@@ -61,7 +61,7 @@ class DirectFile:
             try:
                 start += self._file.write(self._buffer[start:end])
             except OSError as error:
-                if not self._direct or error.errno != errno.EINVAL:
+                if not self._direct or error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
                     raise
                 self._set_direct(False)  # this file system says only now that it cannot
             if start % ALIGNMENT:
@@ -70,9 +70,11 @@ class DirectFile:
     def _set_direct(self, direct: bool) -> None:
         if direct == self._direct or not O_DIRECT:
             return
-        flags = fcntl.fcntl(self._file, fcntl.F_GETFL)
+        flags = fcntl.fcntl(self._file, fcntl.F_GETFL) & ~O_DIRECT
         try:
-            fcntl.fcntl(self._file, fcntl.F_SETFL, flags ^ O_DIRECT)
+            fcntl.fcntl(self._file, fcntl.F_SETFL, flags | O_DIRECT if direct else flags)
         except OSError:
+            if not direct:
+                raise
             return  # a file system that cannot
         self._direct = direct

@@ -83,7 +83,8 @@ def pretrain(recipe: Path, changes: tuple[str, ...], resume: str, dry_run: bool)
         where = "" if error.filename else f", in {read.output.folder} or the cache of tokenised text"
         raise click.ClickException(f"{error}{where}") from error
     except torch.OutOfMemoryError as error:
-        advice = "lower training.micro_batch_size (the result stays the same) or set training.gradient_checkpointing"
+        advice = "set training.cuda_graphs=false (graphs keep memory of their own for activations), lower "
+        advice += "training.micro_batch_size (the result stays the same) or set training.gradient_checkpointing"
         advice += "; while held-out text is measured, lower evaluation.batch_size"
         raise click.ClickException(f"the GPU has too little memory: {advice}") from error
     if first:

@@ -10,12 +10,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fat5.data.layout import IGNORED
+from fat5.model.ops_attention_problem import MOST_SEGMENTS
 from fat5.train.flops import example_lengths
 
 Ints = NDArray[np.int64]
 
 # A side's tokens are rounded up to a multiple of this part of what it holds at most, and of 64, as kernels like it.
 _PARTS, _TILE = 16, 64
+_SHORT = 128  # examples are told apart by their longest from here on
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,8 @@ class FixedShapes:
     """Lays a batch of any form of `fat5.data.layout` out as a stream, and fills it up to one of a few sizes.
 
     What fills it are examples of their own behind the real ones, which nobody sees and whose labels are ignored: loss
-    and gradients are those of the batch. There are as many examples as the next power of two, the last ones empty.
+    and gradients are those of the batch. The number of examples and the length of the longest are rounded up to powers
+    of two.
 
     Attributes:
         inputs: encoder tokens of a batch, at most.
@@ -45,11 +48,12 @@ class FixedShapes:
         used = given[0] + given[1] > 0  # rows of segments have places for more
         lengths = [side[used] for side in given]
         tokens = [_real(batch["input_ids"], batch, "encoder"), _real(batch["labels"], batch, "decoder")]
-        longest = self.longest_input, self.longest_label
+        limits = self.longest_input, self.longest_label
+        longest = [_longest(side, limit) for side, limit in zip(lengths, limits, strict=True)]
         missing = [_rounded(len(t), most) - len(t) for t, most in zip(tokens, (self.inputs, self.labels), strict=True)]
         fillers = max(-(-tokens // most) for tokens, most in zip(missing, longest, strict=True))
         examples = len(lengths[0]) + fillers
-        fillers += (1 << (examples - 1).bit_length()) - examples
+        fillers += max(examples, min(1 << (examples - 1).bit_length(), MOST_SEGMENTS)) - examples
         laid_out = {k: v for k, v in batch.items() if k not in _MODEL_INPUTS}
         for side, name, pad, real, own, gap, most in zip(
             ("encoder", "decoder"), ("input_ids", "labels"), (self.pad, IGNORED), tokens, lengths, missing, longest,
@@ -76,6 +80,11 @@ def _real(tokens: Tensor, batch: Mapping[str, Any], side: str) -> Tensor:
     if f"{side}_segment_ids" in batch:
         return tokens[batch[f"{side}_segment_ids"] > 0]
     return tokens[batch["attention_mask"].bool() if side == "encoder" else tokens != IGNORED]
+
+
+def _longest(lengths: Ints, limit: int) -> int:
+    """Tokens of an example at most: what the kernels' grids are made for, so no more than there are, roughly."""
+    return min(limit, max(_SHORT, 1 << int(lengths.max() - 1).bit_length()))
 
 
 def _rounded(tokens: int, most: int) -> int:

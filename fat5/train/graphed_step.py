@@ -15,7 +15,8 @@ class GraphedStep:
     """A forward and backward pass that is captured for each combination of its inputs' shapes when it comes again.
 
     A first pass of any shape runs as it is, which also fills what is kept between passes (compiled kernels, constant
-    tensors), and later ones replay the graph: the same kernels on the same random numbers.
+    tensors), and later ones replay the graph: the same kernels on the same random numbers. The graphs compute in memory
+    of their own, which passes as they are cannot use.
 
     Args:
         step: takes inputs and the number of targets in the step, an int64 scalar tensor; adds to the parameters'
@@ -28,21 +29,20 @@ class GraphedStep:
         self.step = step
         self.parameters = parameters
         self.gradients = [torch.zeros_like(p) for p in parameters]
-        self._graphs: dict[tuple[Any, ...], _Captured | None] = {}
+        self._seen: set[tuple[Any, ...]] = set()
+        self._graphs: dict[tuple[Any, ...], _Captured] = {}
 
     def __call__(self, inputs: dict[str, Any], targets: Tensor) -> Tensor:
         """Run the step; returns its loss, in memory of its own."""
         self._hold_gradients()
         shapes = tuple((name, x.shape if isinstance(x, Tensor) else x) for name, x in sorted(inputs.items()))
         if shapes not in self._graphs:
-            if len(self._graphs) < MOST_GRAPHS:
-                self._graphs[shapes] = None
-            return self.step(inputs, targets)
-        captured = self._graphs[shapes]
-        if captured is None:
-            pool = next((c.graph.pool() for c in self._graphs.values() if c is not None), None)
-            captured = self._graphs[shapes] = _Captured(self.step, inputs, targets, pool)
-        return captured.replay(inputs, targets)
+            if shapes not in self._seen or len(self._graphs) == MOST_GRAPHS:
+                self._seen.add(shapes)
+                return self.step(inputs, targets)
+            pool = next((captured.graph.pool() for captured in self._graphs.values()), None)
+            self._graphs[shapes] = _Captured(self.step, inputs, targets, pool)
+        return self._graphs[shapes].replay(inputs, targets)
 
     def _hold_gradients(self) -> None:
         fresh = [(p, held) for p, held in zip(self.parameters, self.gradients, strict=True) if p.grad is None]
