@@ -112,9 +112,21 @@ def run(folder: Path, *command: str) -> None:
     """
     click.secho(f"\n$ {' '.join(command)}", bold=True)
     words = [str(Path(sys.executable).with_name(command[0])), *command[1:]]
-    process = subprocess.Popen(words, cwd=folder)
-    answers = {signal.SIGINT: lambda *_: None, signal.SIGTERM: lambda *_: process.terminate()}
+    process: subprocess.Popen[bytes] | None = None
+    early = False
+
+    def pass_on(*_: object) -> None:
+        nonlocal early
+        if process is None:
+            early = True
+        else:
+            process.terminate()
+
+    answers = {signal.SIGINT: lambda *_: None, signal.SIGTERM: pass_on}
     before = {number: signal.signal(number, answer) for number, answer in answers.items()}
+    process = subprocess.Popen(words, cwd=folder)
+    if early:
+        process.terminate()
     status = process.wait()
     for number, answer in before.items():
         signal.signal(number, answer)

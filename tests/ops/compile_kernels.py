@@ -49,7 +49,6 @@ FIRST = [
     (90, 64, "bfloat16", "t5", False, "padded", False, False, 8192),
     (90, 128, "bfloat16", "t5", True, "packed", False, False, 256),
     (80, 64, "bfloat16", "t5", True, "packed", False, True, 256),
-    (86, 256, "bfloat16", "dense", False, "lengths", False, False, 256),
     (89, 128, "float32", "t5", False, "padded", False, True, 256),
     (100, 64, "float16", "alibi", True, "padded", True, False, 256),
 ]

@@ -111,7 +111,7 @@ def test_two_processes_train_as_one(two, tmp_path, name):
     close(left(two, name), undisturbed)
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+@pytest.mark.parametrize("name", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 def test_a_checkpoint_serves_another_number_of_processes(two, tmp_path, name):
     undisturbed = alone(tmp_path / "undisturbed")
     close(left(two, f"{name}_one"), undisturbed)  # begun by one, continued by two

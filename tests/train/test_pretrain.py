@@ -140,6 +140,7 @@ def test_what_only_changes_speed_does_not_change_the_run(trained, tmp_path, chan
         assert entry == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.slow  # test_distributed.py and test_trainer.py split steps too
 def test_the_split_into_forward_passes_does_not_change_the_run(toy, tmp_path):
     """The same examples, in the same steps; without dropout, which draws anew for each forward pass."""
     logs = []
@@ -160,7 +161,7 @@ def test_an_output_folder_that_cannot_be_made_is_named(toy, tmp_path):
     assert "Traceback" not in result.output
 
 
-@pytest.mark.parametrize("packing", ["segments", "stream"])
+@pytest.mark.parametrize("packing", [pytest.param("segments", marks=pytest.mark.slow), "stream"])
 def test_packed_batches_are_trained_on(toy, tmp_path, packing):
     changes = {"training__steps": 6, "training__learning_rate": 3e-3, "output__save_every": 6}
     result = run(toy.settings(tmp_path / "out", data__packing=packing, **changes))
