@@ -119,7 +119,7 @@ def _download(repo: str, revision: str | None) -> Location:
     except HFValidationError as error:
         raise ConvertError(f"{repo}: no such folder, and no valid Hub id") from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        message = f"{wanted}: not in the local cache, and the Hub cannot be reached"
+        message = f"{wanted}: no folder here, not in the local cache, and the Hub cannot be reached"
         raise ConvertError(f"{message}. Check the network and HF_HUB_OFFLINE, or give a local folder.") from error
     except (HfHubHTTPError, OSError) as error:
         raise ConvertError(f"{wanted}: the download failed ({error})") from error

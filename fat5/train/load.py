@@ -103,7 +103,8 @@ def _require_fat5(options: ModelOptions) -> None:
     try:
         config, _ = FlashT5Config.get_config_dict(options.path, revision=options.revision or "main")
     except (OSError, ValueError, HFValidationError) as error:
-        raise TrainingError(f"model.path {options.path} is no model's folder or Hub id: {error}") from error
+        message = f"model.path {options.path} is no model's folder or Hub id: {str(error).rstrip('.')}. "
+        raise TrainingError(message + "`fat5convert MODEL OUT` makes such a folder of a T5 checkpoint") from error
     kind = config.get("model_type", "of no stated type")
     if kind != FlashT5Config.model_type:
         raise TrainingError(

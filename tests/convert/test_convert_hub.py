@@ -111,7 +111,9 @@ def test_hub_id_then_its_cache(hub: Hub, online: dict[str, str], tmp_path: Path)
 def test_no_network_and_no_cache(online: dict[str, str], tmp_path: Path) -> None:
     for env in (online | {"HF_ENDPOINT": "http://127.0.0.1:9"}, online | {"HF_HUB_OFFLINE": "1"}):
         done = fat5convert(env, REPO, tmp_path / "out", code=1)
-        assert done.stderr.startswith(f"Error: {REPO}: not in the local cache, and the Hub cannot be reached")
+        assert done.stderr.startswith(
+            f"Error: {REPO}: no folder here, not in the local cache, and the Hub cannot be reached"
+        )
         assert not (tmp_path / "out").exists()
 
 
