@@ -1,6 +1,7 @@
 """Whether a run may go on where an earlier one stopped."""
 
 import fcntl
+import warnings
 from pathlib import Path
 
 from accelerate.utils import gather_object
@@ -70,8 +71,12 @@ class Claim:
             raise TrainingError(
                 f"another run is writing to {self.folder.root}; wait for its end, or give another output.folder"
             ) from error
-        except OSError:  # a file system without locks
-            pass
+        except OSError as error:
+            warnings.warn(
+                f"{self.folder.root} is on a file system without locks ({error.strerror}): see to it yourself that no "
+                "other run writes there",
+                stacklevel=2,
+            )
         return self
 
     def __exit__(self, *_: object) -> None:

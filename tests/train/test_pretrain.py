@@ -1,6 +1,8 @@
 """`fat5 pretrain` from the command line to the repo that it leaves."""
 
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -209,6 +211,15 @@ def test_two_runs_do_not_write_to_one_folder(toy, tmp_path):
     other.kill()
     other.communicate()
     with Claim(RunFolder(out)):
+        pass
+
+
+def test_a_file_system_without_locks_is_told_of(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fat5.train.continuation.fcntl.lockf", refuse)
+    with pytest.warns(UserWarning, match="is on a file system without locks"), Claim(RunFolder(tmp_path)):
         pass
 
 

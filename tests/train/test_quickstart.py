@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -79,3 +80,30 @@ def test_a_stopped_run_has_saved_and_the_command_that_goes_on_is_told(quickstart
     (tmp_path / "fat5").write_text("#!/bin/sh\ntouch saved\n")
     subprocess.run(told, shell=True, check=True)
     assert (folder / "saved").exists()
+
+
+WAITING = f"""#!{sys.executable}
+import signal, sys, time
+from pathlib import Path
+
+signal.signal(signal.SIGTERM, lambda *_: sys.exit({STOPPED}))
+Path("ready").touch()
+time.sleep(20)
+"""
+
+
+def test_a_signal_while_a_command_starts_is_passed_on(quickstart, tmp_path, monkeypatch):
+    class Interrupted(subprocess.Popen):
+        """Runs, but whoever started it does not know yet."""
+
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            while not (tmp_path / "ready").exists():
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    (tmp_path / "fat5").write_text(WAITING)
+    monkeypatch.setattr(subprocess, "Popen", Interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        quickstart.run(tmp_path, "fat5")
+    assert stopped.value.code == STOPPED
