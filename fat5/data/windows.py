@@ -65,7 +65,7 @@ class WindowDataset(Dataset[Window]):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Map the same files again."""
-        self.__init__([TokenStore(folder) for folder in state["stores"]], state["window"])  # type: ignore[misc]
+        self.__dict__ = vars(WindowDataset([TokenStore(folder) for folder in state["stores"]], state["window"]))
         self.epoch = state["epoch"]
 
     def __len__(self) -> int:

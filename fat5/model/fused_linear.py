@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
@@ -106,7 +106,7 @@ class SplitColumns(torch.autograd.Function):
         return torch.cat(gradients, -1), None
 
 
-def is_plain(layer: nn.Module) -> bool:
+def is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether calling a layer is just the product with its weight: no adapter, quantisation or offloading, no
     hook of its own or of all modules.
     """

@@ -33,8 +33,9 @@ def loss_and_logits(
     if labels is not None and training and kernels_serve(hidden_states.device) and is_plain(head):
         if places is not None:
             hidden_states, labels = hidden_states.flatten(0, 1)[places], labels.flatten()[places]
-        weight: torch.Tensor = head.weight  # type: ignore[assignment]
-        fused = linear_cross_entropy(hidden_states, weight, labels, logit_scale=scale, num_items=num_items_in_batch)
+        fused = linear_cross_entropy(
+            hidden_states, head.weight, labels, logit_scale=scale, num_items=num_items_in_batch
+        )
         return fused.loss, None
     logits = head(hidden_states if scale == 1.0 else hidden_states * scale)
     if labels is None:

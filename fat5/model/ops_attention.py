@@ -5,6 +5,7 @@ import os
 import warnings
 from collections.abc import Callable
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 
@@ -220,7 +221,7 @@ def attention_forward(
 
 
 @attention_forward.register_fake
-def _forward_shapes(q, k, v, bias, *options):  # type: ignore[no-untyped-def]  # as long as the operator's own
+def _forward_shapes(q: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return q.new_empty(q.shape), q.new_empty((q.shape[2], q.shape[0] * q.shape[1]), dtype=torch.float32)
 
 
@@ -269,18 +270,27 @@ def attention_backward(
 
 
 @attention_backward.register_fake
-def _backward_shapes(grad, q, k, v, out, lse, bias, *options):  # type: ignore[no-untyped-def]  # as above
+def _backward_shapes(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    bias: torch.Tensor | None,
+    *options: Any,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     dbias = bias.new_empty(bias.shape) if options[-2] and bias is not None else q.new_empty(0)
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dbias
 
 
-def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]  # torch's own context object
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     ctx.save_for_backward(*inputs[:8], *output)
     ctx.options = inputs[8:]
     ctx.set_materialize_grads(False)  # the log-sum-exp is for backward alone
 
 
-def _backward(ctx, grad, _grad_lse):  # type: ignore[no-untyped-def]  # as above
+def _backward(ctx: Any, grad: torch.Tensor, _grad_lse: None) -> tuple[torch.Tensor | None, ...]:
     q, k, v, bias, cu_q, cu_k, lengths_k, seed, out, lse = ctx.saved_tensors
     dq, dk, dv, dbias = attention_backward(
         grad, q, k, v, out, lse, bias, cu_q, cu_k, lengths_k, seed, *ctx.options, ctx.needs_input_grad[3],

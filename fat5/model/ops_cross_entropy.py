@@ -1,6 +1,6 @@
 """Cross-entropy on logits that are at hand: the public function, its reference and its operator."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -139,7 +139,7 @@ def cross_entropy_forward(
 
 
 @cross_entropy_forward.register_fake
-def _forward_shapes(logits, *options):  # type: ignore[no-untyped-def]  # as long as the operator's own
+def _forward_shapes(logits: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
     return row_shapes(logits)
 
 
@@ -162,16 +162,16 @@ def cross_entropy_backward(
 
 
 @cross_entropy_backward.register_fake
-def _backward_shape(drow, logits, *options):  # type: ignore[no-untyped-def]  # as above
+def _backward_shape(drow: torch.Tensor, logits: torch.Tensor, *_: Any) -> torch.Tensor:
     return logits.new_empty(logits.shape)
 
 
-def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]  # torch's own context object
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     ctx.save_for_backward(*inputs[:2], output[3])
     ctx.options = inputs[2:]
 
 
-def _backward(ctx, drow, *_):  # type: ignore[no-untyped-def]  # as above
+def _backward(ctx: Any, drow: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
     logits, labels, lse = ctx.saved_tensors
     return torch.ops.fat5.cross_entropy_backward(drow, logits, labels, lse, *ctx.options), *[None] * 4
 

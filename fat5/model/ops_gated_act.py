@@ -1,6 +1,7 @@
 """Activation, gate and dropout of the feed-forward layer in one pass, recomputed in backward."""
 
 import math
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -117,7 +118,9 @@ def gated_act_forward(
 
 
 @gated_act_forward.register_fake
-def _forward_shape(x, up, seed, act, gated, dropout_p):  # type: ignore[no-untyped-def]
+def _forward_shape(
+    x: torch.Tensor, up: torch.Tensor | None, seed: Any, act: int, gated: bool, dropout_p: float
+) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], x.shape[-1] // (2 if gated and up is None else 1)))
 
 
@@ -145,18 +148,25 @@ def gated_act_backward(
 
 
 @gated_act_backward.register_fake
-def _backward_shapes(  # type: ignore[no-untyped-def]  # as long as the operator's own
-    dout, x, up, seed, act, gated, dropout_p, recompute=False
-):
+def _backward_shapes(
+    dout: torch.Tensor,
+    x: torch.Tensor,
+    up: torch.Tensor | None,
+    seed: Any,
+    act: int,
+    gated: bool,
+    dropout_p: float,
+    recompute: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return x.new_empty(x.shape), x.new_empty(0 if up is None else x.shape), x.new_empty(dout.shape if recompute else 0)
 
 
-def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]  # torch's own context object
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     ctx.save_for_backward(*inputs[:3])
     ctx.options = inputs[3:]
 
 
-def _backward(ctx, dout):  # type: ignore[no-untyped-def]  # as above
+def _backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     x, up, seed = ctx.saved_tensors
     dx, dup, _ = gated_act_backward(dout, x, up, seed, *ctx.options)
     return dx, None if up is None else dup, None, None, None, None

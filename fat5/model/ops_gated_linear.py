@@ -65,5 +65,5 @@ def gated_linear_forward(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, 
 
 
 @gated_linear_forward.register_fake
-def _shape(x, gate, up, act):  # type: ignore[no-untyped-def]
+def _shape(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, act: int) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], gate.shape[0]))

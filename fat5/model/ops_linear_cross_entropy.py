@@ -6,6 +6,7 @@ Three matrix products, as with all logits at once.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -149,7 +150,7 @@ def linear_cross_entropy_sum(
 
 
 @linear_cross_entropy_sum.register_fake
-def _sum_shapes(hidden, weight, *options):  # type: ignore[no-untyped-def]  # as long as the operator's own
+def _sum_shapes(hidden: torch.Tensor, weight: torch.Tensor, *options: Any) -> tuple[torch.Tensor, ...]:
     hidden_learns, weight_learns = options[-2:]
     return (
         *(hidden.new_empty((), dtype=torch.float32) for _ in range(3)),
@@ -158,20 +159,20 @@ def _sum_shapes(hidden, weight, *options):  # type: ignore[no-untyped-def]  # as
     )
 
 
-def _save_gradients(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]  # torch's own context object
+def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     ctx.save_for_backward(*output[3:])
     ctx.dtype, ctx.logit_scale = inputs[0].dtype, inputs[3]
     ctx.learns = inputs[-2:]
 
 
-def _scale_gradients(ctx, dloss, *_):  # type: ignore[no-untyped-def]  # as above
+def _scale_gradients(ctx: Any, dloss: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
     if torch.is_grad_enabled():  # for derivatives of derivatives: those are refused, where otherwise they would be 0
         dloss = dloss.detach().requires_grad_()
     return _scaled_gradients(ctx, dloss)
 
 
 @once_differentiable
-def _scaled_gradients(ctx, dloss):  # type: ignore[no-untyped-def]  # as above
+def _scaled_gradients(ctx: Any, dloss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     gradients: list[torch.Tensor | None] = []
     factors = ctx.logit_scale, ctx.logit_scale / _stored_factor(ctx.dtype)
     for gradient, learns, factor in zip(ctx.saved_tensors, ctx.learns, factors, strict=True):
@@ -204,7 +205,7 @@ def linear_cross_entropy_rows(
 
 
 @linear_cross_entropy_rows.register_fake
-def _rows_shapes(hidden, *options):  # type: ignore[no-untyped-def]  # as long as the operator's own
+def _rows_shapes(hidden: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
     return row_shapes(hidden)
 
 
@@ -236,16 +237,18 @@ def linear_cross_entropy_rows_backward(
 
 
 @linear_cross_entropy_rows_backward.register_fake
-def _rows_backward_shapes(drow, hidden, weight, *options):  # type: ignore[no-untyped-def]  # as above
+def _rows_backward_shapes(
+    drow: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, *_: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
     return hidden.new_empty(hidden.shape), weight.new_empty(weight.shape)
 
 
-def _save_inputs(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]  # torch's own context object
+def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     ctx.save_for_backward(*inputs[:3], output[3])
     ctx.options = inputs[3:]
 
 
-def _compute_gradients(ctx, drow, *_):  # type: ignore[no-untyped-def]  # as above
+def _compute_gradients(ctx: Any, drow: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
     gradients = torch.ops.fat5.linear_cross_entropy_rows_backward(drow, *ctx.saved_tensors, *ctx.options)
     return *gradients, *[None] * 5
 

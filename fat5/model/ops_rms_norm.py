@@ -1,5 +1,7 @@
 """RMSNorm of a residual sum, in one pass: the public function, its reference and its operator."""
 
+from typing import Any
+
 import torch
 from torch.nn import functional as F
 
@@ -145,7 +147,15 @@ def rms_norm_forward(
 
 
 @rms_norm_forward.register_fake
-def _forward_shapes(hidden, branch, weight, seed, eps, dropout_p, out_dtype):  # type: ignore[no-untyped-def]
+def _forward_shapes(
+    hidden: torch.Tensor,
+    branch: torch.Tensor | None,
+    weight: torch.Tensor,
+    seed: torch.Tensor | None,
+    eps: float,
+    dropout_p: float,
+    out_dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     total = hidden.new_empty(0)
     if branch is not None:
         total = hidden.new_empty(hidden.shape, dtype=torch.promote_types(hidden.dtype, branch.dtype))
@@ -175,9 +185,18 @@ def rms_norm_backward(
 
 
 @rms_norm_backward.register_fake
-def _backward_shapes(  # type: ignore[no-untyped-def]  # as long as the operator's own
-    dout, dtotal, total, weight, rstd, seed, dropout_p, hidden_dtype, branch_dtype, out_dtype=None
-):
+def _backward_shapes(
+    dout: torch.Tensor,
+    dtotal: torch.Tensor | None,
+    total: torch.Tensor,
+    weight: torch.Tensor,
+    rstd: torch.Tensor,
+    seed: torch.Tensor | None,
+    dropout_p: float,
+    hidden_dtype: torch.dtype,
+    branch_dtype: torch.dtype | None,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor, ...]:
     dhidden = total.new_empty(total.shape, dtype=hidden_dtype)
     same = branch_dtype is None or (branch_dtype == hidden_dtype and dropout_p == 0)
     dbranch = total.new_empty(0 if same else total.shape, dtype=hidden_dtype if same else branch_dtype)
@@ -185,7 +204,7 @@ def _backward_shapes(  # type: ignore[no-untyped-def]  # as long as the operator
     return dhidden, dbranch, weight.new_empty(weight.shape), out
 
 
-def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]  # torch's own context object
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     hidden, branch, weight, seed, _, ctx.dropout_p, _ = inputs
     _, total, rstd = output
     ctx.dtypes = hidden.dtype, None if branch is None else branch.dtype
@@ -193,7 +212,9 @@ def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-
     ctx.set_materialize_grads(False)  # of a total that nothing else uses there is no gradient to read
 
 
-def _backward(ctx, dout, dtotal, _drstd):  # type: ignore[no-untyped-def]  # as above
+def _backward(
+    ctx: Any, dout: torch.Tensor, dtotal: torch.Tensor | None, _drstd: torch.Tensor | None
+) -> tuple[torch.Tensor | None, ...]:
     total, weight, rstd, seed = ctx.saved_tensors
     *gradients, _ = gradients_of_norm(dout, dtotal, total, weight, rstd, seed, ctx.dropout_p, ctx.dtypes)
     return *gradients, None, None, None, None

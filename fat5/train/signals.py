@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 from types import FrameType, TracebackType
+from typing import Any
 
 STOPPED = 75
 """Exit status of a run that saved and stopped because of a signal: EX_TEMPFAIL, try again (sysexits.h)."""
@@ -20,7 +21,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received: str | None = None
-        self._before: dict[int, object] = {}
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignals":
         for number in _NUMBERS:
@@ -29,12 +30,12 @@ class StopSignals:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]  # what it returned itself
+            signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number).name
         for each, handler in self._before.items():
-            signal.signal(each, handler)  # type: ignore[arg-type]  # what it returned itself
+            signal.signal(each, handler)
 
 
 def outlive_first(worker: int) -> None:

@@ -7,12 +7,13 @@ model's, where they are large; `tokenizer` if there is one. Prints one line of J
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 
 class NoFat5:
     """Makes `import fat5` fail, as where it is not installed."""
 
-    def find_spec(self, name, path=None, target=None):  # type: ignore[no-untyped-def]
+    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
         """Refuse our packages; have the next finder look for any other."""
         if name.split(".")[0] in ("fat5", "fat5convert"):
             raise ImportError(f"{name} is not to be used here")
@@ -51,7 +52,7 @@ def load(folder: str, how: str, *extras: str) -> None:
             model.generate(ids, max_new_tokens=2)
 
 
-def check_vocabulary(tokenizer, folder: Path) -> None:  # type: ignore[no-untyped-def]
+def check_vocabulary(tokenizer: Any, folder: Path) -> None:
     """See that a tokenizer has what it is made of: transformers 5 makes one of a hundred tokens of nothing."""
     names = sorted(set(tokenizer.vocab_files_names.values()))
     if names and not any((folder / name).is_file() for name in names):
