@@ -4,6 +4,9 @@ All take the flat inputs and targets of `Mixture.corrupt` with the lengths of ea
 inputs.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -88,6 +91,34 @@ def stream(inputs: Ints, input_lengths: Ints, labels: Ints, label_lengths: Ints)
         batch[f"{side}_cu_seqlens"] = torch.from_numpy(edges)
         batch[f"{side}_max_length"] = int(lengths.max(initial=0))
     return batch
+
+
+def example_lengths(batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Give the encoder's and the decoder's length of each example [N] of a batch, in any of the layouts.
+
+    0 and 0 where a row of segments has fewer than others.
+    """
+    if "encoder_cu_seqlens" in batch:
+        return batch["encoder_cu_seqlens"].long().diff(), batch["decoder_cu_seqlens"].long().diff()
+    if "encoder_segment_ids" in batch:
+        sides = batch["encoder_segment_ids"], batch["decoder_segment_ids"]
+        most = int(max(side.max() for side in sides)) + 1
+        rows = torch.arange(len(sides[0]))[:, None] * most
+        first, second = ((rows + s).flatten().bincount(minlength=len(s) * most).view(-1, most)[:, 1:] for s in sides)
+        return first.flatten(), second.flatten()
+    return batch["attention_mask"].sum(1), (batch["labels"] != IGNORED).sum(1)
+
+
+def flatten(batch: Mapping[str, Any]) -> tuple[Ints, Ints, Ints, Ints]:
+    """Give what a batch, in any of the layouts, was laid out from: the arguments of `stream`."""
+    lengths = [side.numpy() for side in example_lengths(batch)]
+    used = lengths[0] + lengths[1] > 0  # rows of segments have places for more
+    inputs, labels = batch["input_ids"], batch["labels"]
+    if "encoder_segment_ids" in batch:
+        inputs, labels = inputs[batch["encoder_segment_ids"] > 0], labels[batch["decoder_segment_ids"] > 0]
+    elif "attention_mask" in batch:
+        inputs, labels = inputs[batch["attention_mask"].bool()], labels[labels != IGNORED]
+    return inputs.flatten().numpy(), lengths[0][used], labels.flatten().numpy(), lengths[1][used]
 
 
 def _rows(flat: Ints, lengths: Ints, width: int, fill: int) -> tuple[Ints, NDArray[np.bool_]]:

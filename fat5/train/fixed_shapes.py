@@ -5,13 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from fat5.data.layout import IGNORED
+from fat5.data import layout
 from fat5.model.ops_attention_problem import MOST_SEGMENTS
-from fat5.train.flops import example_lengths
 
 Ints = NDArray[np.int64]
 
@@ -43,43 +40,24 @@ class FixedShapes:
     pad: int
 
     def stream(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Give the batch as `fat5.data.layout.stream` does, filled; what is not model input is carried over."""
-        given = [lengths.numpy() for lengths in example_lengths(batch)]
-        used = given[0] + given[1] > 0  # rows of segments have places for more
-        lengths = [side[used] for side in given]
-        tokens = [_real(batch["input_ids"], batch, "encoder"), _real(batch["labels"], batch, "decoder")]
-        limits = self.longest_input, self.longest_label
-        longest = [_longest(side, limit) for side, limit in zip(lengths, limits, strict=True)]
-        missing = [_rounded(len(t), most) - len(t) for t, most in zip(tokens, (self.inputs, self.labels), strict=True)]
+        """Give the batch as `fat5.data.layout.stream` does, filled; what is no part of a layout is carried over."""
+        inputs, input_lengths, labels, label_lengths = layout.flatten(batch)
+        longest = _longest(input_lengths, self.longest_input), _longest(label_lengths, self.longest_label)
+        missing = _missing(len(inputs), self.inputs), _missing(len(labels), self.labels)
         fillers = max(-(-tokens // most) for tokens, most in zip(missing, longest, strict=True))
-        examples = len(lengths[0]) + fillers
+        examples = len(input_lengths) + fillers
         fillers += max(examples, min(1 << (examples - 1).bit_length(), MOST_SEGMENTS)) - examples
-        laid_out = {k: v for k, v in batch.items() if k not in _MODEL_INPUTS}
-        for side, name, pad, real, own, gap, most in zip(
-            ("encoder", "decoder"), ("input_ids", "labels"), (self.pad, IGNORED), tokens, lengths, missing, longest,
-            strict=True,
-        ):  # fmt: skip
-            filling = np.clip(gap - np.arange(fillers) * most, 0, most)
-            ends = np.cumsum(np.concatenate([[0], own, filling]), dtype=np.int32)
-            laid_out[name] = torch.cat([real, real.new_full((gap,), pad)])[None]
-            laid_out[f"{side}_cu_seqlens"] = torch.from_numpy(ends)
-            laid_out[f"{side}_max_length"] = most
-        return laid_out
-
-
-_MODEL_INPUTS = {
-    "input_ids", "attention_mask", "labels", "encoder_segment_ids", "decoder_segment_ids", "encoder_cu_seqlens",
-    "decoder_cu_seqlens", "encoder_max_length", "decoder_max_length",
-}  # fmt: skip
-
-
-def _real(tokens: Tensor, batch: Mapping[str, Any], side: str) -> Tensor:
-    """Give the real ones of tokens [B, L], one example behind the other, [T]."""
-    if f"{side}_cu_seqlens" in batch:
-        return tokens[0]
-    if f"{side}_segment_ids" in batch:
-        return tokens[batch[f"{side}_segment_ids"] > 0]
-    return tokens[batch["attention_mask"].bool() if side == "encoder" else tokens != IGNORED]
+        filling = [
+            np.clip(tokens - np.arange(fillers) * most, 0, most) for tokens, most in zip(missing, longest, strict=True)
+        ]
+        laid_out: dict[str, Any] = layout.stream(
+            np.append(inputs, np.full(missing[0], self.pad)),
+            np.append(input_lengths, filling[0]),
+            np.append(labels, np.full(missing[1], layout.IGNORED)),
+            np.append(label_lengths, filling[1]),
+        )
+        laid_out |= {"encoder_max_length": longest[0], "decoder_max_length": longest[1]}
+        return laid_out | {name: batch[name] for name in ("denoiser", "state") if name in batch}
 
 
 def _longest(lengths: Ints, limit: int) -> int:
@@ -87,6 +65,6 @@ def _longest(lengths: Ints, limit: int) -> int:
     return min(limit, max(_SHORT, 1 << int(lengths.max() - 1).bit_length()))
 
 
-def _rounded(tokens: int, most: int) -> int:
-    step = -(-most // (_PARTS * _TILE)) * _TILE
-    return -(-tokens // step) * step
+def _missing(tokens: int, most: int) -> int:
+    """Tokens up to the next size."""
+    return -tokens % (-(-most // (_PARTS * _TILE)) * _TILE)

@@ -5,8 +5,8 @@ from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from fat5.data.layout import example_lengths
 from fat5.model.configuration_flash_t5 import FlashT5Config
 
 
@@ -50,22 +50,6 @@ def count(batch: Mapping[str, Any]) -> Counts:
         decoder_pairs=int(decoder.square().sum()),
         cross_pairs=int((encoder * decoder).sum()),
     )
-
-
-def example_lengths(batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """Give the encoder's and the decoder's length of each example [N] of a batch, in any of the layouts.
-
-    0 and 0 where a row of segments has fewer than others.
-    """
-    if "encoder_cu_seqlens" in batch:
-        return batch["encoder_cu_seqlens"].long().diff(), batch["decoder_cu_seqlens"].long().diff()
-    if "encoder_segment_ids" in batch:
-        sides = batch["encoder_segment_ids"], batch["decoder_segment_ids"]
-        most = int(max(side.max() for side in sides)) + 1
-        rows = torch.arange(len(sides[0]))[:, None] * most
-        first, second = ((rows + s).flatten().bincount(minlength=len(s) * most).view(-1, most)[:, 1:] for s in sides)
-        return first.flatten(), second.flatten()
-    return batch["attention_mask"].sum(1), (batch["labels"] != -100).sum(1)
 
 
 def training_flops(config: FlashT5Config, counts: Counts) -> int:

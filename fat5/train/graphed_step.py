@@ -45,11 +45,15 @@ class GraphedStep:
         return self._graphs[shapes].replay(inputs, targets)
 
     def _hold_gradients(self) -> None:
-        fresh = [(p, held) for p, held in zip(self.parameters, self.gradients, strict=True) if p.grad is None]
+        fresh = []
+        for p, held in zip(self.parameters, self.gradients, strict=True):
+            if p.grad is None:
+                p.grad = held
+                fresh.append(held)
+            elif p.grad is not held:
+                raise RuntimeError("a gradient was replaced between two passes: a graph would go on adding to the old")
         if fresh:
-            torch._foreach_zero_([held for _, held in fresh])
-        for p, held in fresh:
-            p.grad = held
+            torch._foreach_zero_(fresh)
 
 
 class _Captured:

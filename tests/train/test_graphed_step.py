@@ -62,6 +62,16 @@ def _once_each(graphed):
     return run
 
 
+def test_a_gradient_that_was_replaced_is_refused():
+    model, step = make()
+    graphed = GraphedStep(step, list(model.parameters()))
+    graphed(batches()[0], torch.tensor(7))
+    parameter = graphed.parameters[0]
+    parameter.grad = parameter.grad.clone()
+    with pytest.raises(RuntimeError, match="replaced"):
+        graphed(batches()[0], torch.tensor(7))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 @pytest.mark.parametrize("each", [1, 2, 4])
