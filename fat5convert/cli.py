@@ -180,7 +180,6 @@ def inspect(model: str, revision: str | None, config: str | None, as_json: bool)
     click.echo(f"  memory of the weights: {memory}")
     for name, count in facts["not_finite"].items():
         click.secho(f"  not finite: {count} value(s) of {name}", fg="yellow")
-    click.echo(f"  every weight is a bfloat16 value already: {'yes' if facts['bfloat16_exact'] else 'no'}")
     for name, reason in facts["leftovers"].items():
         click.echo(f"  left behind: {name} ({reason})")
 

@@ -68,6 +68,9 @@ def check_target(out: Path, overwrite: bool, replaceable: Callable[[Path], bool]
     except OSError as error:  # too long a name, or in a folder that may not be looked into
         raise ConvertError(f"{out}: cannot be used as a folder ({_reason(error)})") from error
     if not there:
+        nearest = next(parent for parent in out.absolute().parents if parent.exists())
+        if not nearest.is_dir():
+            raise ConvertError(f"{out}: cannot be written, {nearest} is a file. Give another folder.")
         return
     if not overwrite:
         raise ConvertError(f"{out}: exists already. Give --overwrite to replace it, or another folder.")
@@ -100,8 +103,9 @@ def check_space(out: Path, needed: int) -> None:
     """Refuse to start when the disk cannot hold the result, beside what a killed run left of it."""
     folder = next(parent for parent in out.absolute().parents if parent.exists())
     left = sum(path.stat().st_size for path in _sibling(out, "partial").glob("*") if path.is_file())
-    free = shutil.disk_usage(folder).free + left
-    if free < needed:
+    usage = shutil.disk_usage(folder)
+    free = usage.free + left
+    if usage.total and free < needed:  # without a size it is no disk, as /proc is none, and cannot be written at all
         raise ConvertError(f"{out}: needs {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free")
 
 

@@ -11,7 +11,10 @@ from transformers.trainer_utils import IntervalStrategy
 
 
 class ProgressBar(TrainerCallback):
-    """One bar for the run, with the latest losses; a line stays on the screen for each evaluation."""
+    """One bar for the run, with the latest losses; a line stays on the screen for each evaluation.
+
+    The time of evaluations is no step's: the rate and the time left are those of training.
+    """
 
     def __init__(self) -> None:
         self.bar: tqdm | None = None
@@ -32,8 +35,14 @@ class ProgressBar(TrainerCallback):
                 shown["tokens/s"] = f"{logs['tokens_per_second']:,.0f}"
             self.bar.set_postfix(shown)
 
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self.bar.set_description("evaluating")
+
     def on_evaluate(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if self.bar is not None:
+            self.bar.set_description(refresh=False)
+            self.bar.unpause()
             figures = kwargs["metrics"]
             error = f" ± {figures['eval_loss_se']:.4f}" if "eval_loss_se" in figures else ""
             self.bar.write(f"step {state.global_step:>7}: held-out loss {figures['eval_loss']:.4f}{error}")

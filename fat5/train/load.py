@@ -100,11 +100,14 @@ def own_dropout(options: ModelOptions) -> float:
 
 
 def _require_fat5(options: ModelOptions) -> None:
+    advice = "`fat5convert MODEL OUT` makes such a folder of a T5 checkpoint"
+    if options.path.count("/") != 1 and not Path(options.path).is_dir():  # asking the Hub could take a minute
+        raise TrainingError(f"model.path {options.path} is no model's folder or Hub id: no such folder. {advice}")
     try:
         config, _ = FlashT5Config.get_config_dict(options.path, revision=options.revision or "main")
     except (OSError, ValueError, HFValidationError) as error:
         message = f"model.path {options.path} is no model's folder or Hub id: {str(error).rstrip('.')}. "
-        raise TrainingError(message + "`fat5convert MODEL OUT` makes such a folder of a T5 checkpoint") from error
+        raise TrainingError(message + advice) from error
     kind = config.get("model_type", "of no stated type")
     if kind != FlashT5Config.model_type:
         raise TrainingError(

@@ -181,6 +181,7 @@ class PretrainingTrainer(Trainer):
         return figures
 
     def _logits(self, batch: Mapping[str, Tensor]) -> Tensor:
+        self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         with self.accelerator.autocast():
             return self.model(**_model_inputs(batch)).logits
 

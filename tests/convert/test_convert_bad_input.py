@@ -331,7 +331,7 @@ def test_out_that_is_the_source(flan: Path, tmp_path: Path) -> None:
 def test_unwritable_out(flan: Path, tmp_path: Path) -> None:
     """A file as parent folder: unwritable for root too."""
     (tmp_path / "file").write_text("")
-    fails([str(flan), str(tmp_path / "file" / "out")], tmp_path, "file/out", "cannot be written")
+    fails([str(flan), str(tmp_path / "file" / "out")], tmp_path, "file/out", "cannot be written", "file is a file")
 
 
 @pytest.mark.parametrize("model", ["./nowhere", "/no/such/folder", "a/b/c"])

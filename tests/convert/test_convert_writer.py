@@ -166,3 +166,9 @@ def test_too_small_a_disk(tmp_path: Path, flan: Path, monkeypatch: pytest.Monkey
     with pytest.raises(ConvertError, match="GB free"):
         convert(str(flan), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs /proc")
+def test_what_is_no_disk_is_not_said_to_be_full(flan: Path) -> None:
+    with pytest.raises(ConvertError, match="/proc/out: cannot be written"):
+        convert(str(flan), Path("/proc/out"))
