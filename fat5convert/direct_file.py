@@ -8,6 +8,8 @@ import mmap
 import os
 from pathlib import Path
 
+from fat5convert.lanes import Lanes
+
 SIZE = 8 * 2**20  # bytes sent at once
 ALIGNMENT = 4096  # of what is sent: a multiple of every disk's sectors
 O_DIRECT = getattr(os, "O_DIRECT", 0)  # Linux has it
@@ -26,8 +28,10 @@ class DirectFile:
 
     def __init__(self, path: Path, cached: bool) -> None:
         self._file = open(path, "wb", buffering=0)  # noqa: SIM115 (closed by `close`)
-        self._buffer = memoryview(mmap.mmap(-1, SIZE))  # which begins with a page
+        # One is filled while the other is sent; each begins with a page.
+        self._buffer, self._other = (memoryview(mmap.mmap(-1, SIZE)) for _ in range(2))
         self._filled = 0
+        self._disk = Lanes(("disk",))
         self._direct = False
         if not cached:
             self._set_direct(True)
@@ -41,25 +45,29 @@ class DirectFile:
             self._filled += count
             data = data[count:]
             if self._filled == SIZE:
-                self._send(0, SIZE)
+                self._disk.finish()
+                self._disk.give("disk", self._send, self._buffer, 0, SIZE)
+                self._buffer, self._other = self._other, self._buffer
                 self._filled = 0
 
     def finish(self) -> None:
         """Write what is left, and wait until all is on the disk."""
+        self._disk.finish()
         whole = self._filled // ALIGNMENT * ALIGNMENT
-        self._send(0, whole)
+        self._send(self._buffer, 0, whole)
         self._set_direct(False)
-        self._send(whole, self._filled)
+        self._send(self._buffer, whole, self._filled)
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file, finished or not."""
+        self._disk.close()
         self._file.close()
 
-    def _send(self, start: int, end: int) -> None:
+    def _send(self, buffer: memoryview, start: int, end: int) -> None:
         while start < end:
             try:
-                start += self._file.write(self._buffer[start:end])
+                start += self._file.write(buffer[start:end])
             except OSError as error:
                 if not self._direct or error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
                     raise

@@ -36,7 +36,7 @@ SAFETENSORS_DTYPES = {
 # What torch.load lets through from the zip and pickle readers when a file is cut off or garbled.
 _MALFORMED = (RuntimeError, OSError, EOFError, ValueError, TypeError, LookupError, AttributeError, struct.error)
 MAX_HEADER_BYTES = 100_000_000  # the limit that the safetensors library sets
-CHUNK = 1 << 21  # values of a tensor in memory at a time
+CHUNK = 1 << 18  # values of a tensor in memory at a time: few enough for a cache, and for memory that is used again
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ class Chunked(Protocol):
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """The values of a CPU tensor as bytes, little-endian, row-major; copies only if they are not contiguous."""
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+    flat = tensor if tensor.dim() == 1 else tensor.reshape(-1)
+    return flat.contiguous().view(torch.uint8).numpy().data
 
 
 def hash_tensor(tensor: torch.Tensor) -> str:

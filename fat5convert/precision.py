@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
@@ -15,6 +16,8 @@ POLICIES: dict[str, torch.dtype | None] = {
     "float32": torch.float32,
     "float16": torch.float16,
 }
+_BLOCK = 1 << 16  # values whose intermediate results stay in a core's cache
+_SMALL = 1e-24  # sum from which on squares too small for fp32 do not count
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 CONVERTIBLE = (torch.float32, torch.float16, torch.bfloat16, *_FP8)
 
@@ -34,7 +37,7 @@ class Form:
 
     def undo(self, values: torch.Tensor) -> torch.Tensor:
         """The fp32 values that those in this form stand for."""
-        return values.float() * 2.0**-self.exponent
+        return values.float() * 2.0**-self.exponent if self.exponent else values.float()
 
 
 @dataclass(frozen=True)
@@ -64,14 +67,16 @@ class ErrorMeter:
 
     def add(self, before: torch.Tensor, after: torch.Tensor) -> None:
         """Take in some values and what they became (as fp32, their scale undone)."""
-        old, new = before.float(), after.float()
-        if not old.numel():
-            return
-        # Almost always nothing is infinite and nothing vanishes, and a few passes over the values are enough.
-        usual = _all_finite(old) and _all_finite(new)
-        vanish = int(torch.count_nonzero(old)) - int(torch.count_nonzero(new))
+        if before.numel():
+            for old, new in zip(before.split(_BLOCK), after.split(_BLOCK), strict=True):
+                self._add_block(old.float(), new.float())
+
+    def _add_block(self, old: torch.Tensor, new: torch.Tensor) -> None:
         error = new - old  # of a value and its rounding, which is exact in fp32
-        if not usual or vanish:
+        difference, norm = _square_sum(error), _square_sum(old)
+        low, high = map(float, torch.aminmax(error / old))  # either is NaN if any value is
+        # Almost always that is all: a zero makes a NaN, what vanishes an error of -1, an infinity an infinite sum.
+        if not (-1 < low <= high < 1 and math.isfinite(difference) and math.isfinite(norm)):
             finite = old.isfinite()
             overflow = ~new.isfinite() & finite
             vanished = (new == 0) & (old != 0)
@@ -79,13 +84,11 @@ class ErrorMeter:
             self._underflows += int(vanished.sum())
             error.masked_fill_(overflow | ~finite, 0.0)
             old = old.masked_fill(~finite, 0.0)
-            relative = (error / old).masked_fill_((old == 0) | vanished, 0.0)
-        else:
-            relative = (error / old).nan_to_num_(0.0)  # what was zero is zero
-        low, high = torch.aminmax(relative)
-        self._worst = max(self._worst, -float(low), float(high))
-        self._difference += _square_sum(error)
-        self._norm += _square_sum(old)
+            low, high = map(float, torch.aminmax((error / old).masked_fill_((old == 0) | vanished, 0.0)))
+            difference, norm = _square_sum(error), _square_sum(old)
+        self._worst = max(self._worst, -low, high)
+        self._difference += difference
+        self._norm += norm
 
     def result(self) -> RoundingError:
         """The errors of all values so far."""
@@ -93,13 +96,13 @@ class ErrorMeter:
         return RoundingError(self._worst, rms, self._overflows, self._underflows)
 
 
-def _all_finite(values: torch.Tensor) -> bool:
-    low, high = torch.aminmax(values)  # either is NaN if any value is
-    return bool(low.isfinite() & high.isfinite())
-
-
 def _square_sum(values: torch.Tensor) -> float:
-    return float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
+    """Sum of the squares of a block: in fp32, which keeps six digits, where no square that matters leaves its range."""
+    total = float(torch.dot(values, values))
+    if _SMALL < total < math.inf:
+        return total
+    precise = values.double()
+    return float(torch.dot(precise, precise))
 
 
 def short_name(dtype: torch.dtype) -> str:

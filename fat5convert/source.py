@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +155,7 @@ class Checkpoint:
                 self._homes[tensor] = file
         self._check_index()
 
-    @property
+    @cached_property
     def tensors(self) -> Mapping[str, TensorInfo]:
         """Every tensor of the checkpoint, by name."""
         return {name: file.tensors[name] for name, file in self._homes.items()}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from fat5convert.formats import SAFETENSORS_DTYPES, TensorInfo
 from fat5convert.hashing import Chunked, tensor_bytes
 from fat5convert.journal import Journal
 from fat5convert.json_files import write_json
+from fat5convert.lanes import Lanes, one_thread
 from fat5convert.precision import ErrorMeter, Form, short_name
 
 _DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
@@ -56,7 +56,7 @@ def write_weights(
         folder: existing folder to write into.
         items: the tensors, in order.
         shard_size: most bytes of data per file (a larger tensor gets a file of its own).
-        advance: called with every count of bytes written.
+        advance: called with every count of bytes on their way to the disk.
         journal: where finished shards are noted, and may be found; those are not written again.
         cached: leave the files in the page cache, for whoever reads them next.
 
@@ -69,16 +69,15 @@ def write_weights(
     if len(shards) > 1:
         names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     facts: dict[str, dict[str, Any]] = {}
-    with ThreadPoolExecutor(2, thread_name_prefix="hash") as pool:
-        for name, shard in zip(names, shards, strict=True):
-            found = journal.finished(folder / name, [item.name for item in shard]) if journal else None
-            if found is None:
-                found = _write_shard(folder / name, shard, advance, pool, cached)
-                if journal:
-                    journal.record(folder / name, found)
-            else:
-                advance(sum(item.info.nbytes for item in shard))
-            facts |= found
+    for name, shard in zip(names, shards, strict=True):
+        found = journal.finished(folder / name, [item.name for item in shard]) if journal else None
+        if found is None:
+            found = _write_shard(folder / name, shard, advance, cached)
+            if journal:
+                journal.record(folder / name, found)
+        else:
+            advance(sum(item.info.nbytes for item in shard))
+        facts |= found
     if len(shards) > 1:
         total = sum(item.info.nbytes for item in items)
         weight_map = {item.name: name for name, shard in zip(names, shards, strict=True) for item in shard}
@@ -101,9 +100,7 @@ def _split(items: Sequence[Item], shard_size: int) -> list[list[Item]]:
     return shards
 
 
-def _write_shard(
-    path: Path, items: Sequence[Item], advance: Advance, pool: ThreadPoolExecutor, cached: bool
-) -> dict[str, dict[str, Any]]:
+def _write_shard(path: Path, items: Sequence[Item], advance: Advance, cached: bool) -> dict[str, dict[str, Any]]:
     # Wide dtypes first: then every tensor of the file is aligned to its own size.
     items = sorted(items, key=lambda item: -item.info.dtype.itemsize)
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
@@ -115,50 +112,58 @@ def _write_shard(
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with closing(DirectFile(path, cached)) as file:
+    lanes = Lanes(("write", "hash", "hash source", "measure"))
+    with closing(DirectFile(path, cached)) as file, closing(lanes), one_thread():
         file.write(len(text).to_bytes(8, "little") + text)
-        facts = {item.name: _write_tensor(file, item, advance, pool) for item in items}
+        passed = [_Passing(item) for item in items]
+        for tensor in passed:
+            tensor.send(file, lanes, advance)
+        lanes.finish()
         file.finish()
-    return facts
+    return {tensor.item.name: tensor.facts() for tensor in passed}
 
 
-def _write_tensor(file: DirectFile, item: Item, advance: Advance, pool: ThreadPoolExecutor) -> dict[str, Any]:
-    """Write one tensor; hashing and measuring run in threads beside reading, rounding and writing."""
-    changes = item.form != Form(item.source_info.dtype)
-    source_digest, digest, meter = hashlib.sha256(), hashlib.sha256(), ErrorMeter()
-    waiting: list[Future[None]] = []
-    count = 0
-    for before in item.source.chunks(item.source_name):
-        count += before.numel()
-        if before.dtype != item.source_info.dtype or count > item.source_info.numel:
-            break
-        after = item.form.apply(before) if changes else before
-        data = tensor_bytes(after)
-        for future in waiting:  # one chunk behind: memory stays bounded, and each digest sees its chunks in order
-            future.result()
-        waiting = [pool.submit(digest.update, data)]
-        if changes:
-            waiting.append(pool.submit(_look_at, source_digest, meter, item.form, before, after))
-        file.write(data)
-        advance(len(data))
-    for future in waiting:
-        future.result()
-    if count != item.source_info.numel:
-        raise ConvertError(f"tensor {item.source_name} changed while it was being converted")
-    facts: dict[str, Any] = {
-        "source": item.source_name,
-        "source_dtype": short_name(item.source_info.dtype),
-        "dtype": short_name(item.form.dtype),
-        "source_sha256": (source_digest if changes else digest).hexdigest(),
-        "sha256": digest.hexdigest(),
-    }
-    if item.form.exponent:
-        facts["exponent"] = item.form.exponent
-    if changes:
-        facts["rounding"] = meter.result().as_dict()
-    return facts
+class _Passing:
+    """One tensor on its way: it is written, hashed and measured in threads beside reading and rounding."""
 
+    def __init__(self, item: Item) -> None:
+        self.item = item
+        self._changes = item.form != Form(item.source_info.dtype)
+        self._source_digest, self._digest, self._meter = hashlib.sha256(), hashlib.sha256(), ErrorMeter()
 
-def _look_at(digest: Any, meter: ErrorMeter, form: Form, before: torch.Tensor, after: torch.Tensor) -> None:
-    digest.update(tensor_bytes(before))
-    meter.add(before, form.undo(after))
+    def send(self, file: DirectFile, lanes: Lanes, advance: Advance) -> None:
+        """Read it chunk by chunk, and give each to the lanes."""
+        item, count = self.item, 0
+        for before in item.source.chunks(item.source_name):
+            count += before.numel()
+            if before.dtype != item.source_info.dtype or count > item.source_info.numel:
+                break
+            after = item.form.apply(before) if self._changes else before
+            data = tensor_bytes(after)
+            lanes.give("write", file.write, data)
+            lanes.give("hash", self._digest.update, data)
+            if self._changes:
+                lanes.give("hash source", self._source_digest.update, tensor_bytes(before))
+                lanes.give("measure", self._measure, before, after)
+            advance(len(data))
+        if count != item.source_info.numel:
+            raise ConvertError(f"tensor {item.source_name} changed while it was being converted")
+
+    def _measure(self, before: torch.Tensor, after: torch.Tensor) -> None:
+        self._meter.add(before, self.item.form.undo(after))
+
+    def facts(self) -> dict[str, Any]:
+        """What is known of it once the lanes have finished."""
+        item = self.item
+        facts: dict[str, Any] = {
+            "source": item.source_name,
+            "source_dtype": short_name(item.source_info.dtype),
+            "dtype": short_name(item.form.dtype),
+            "source_sha256": (self._source_digest if self._changes else self._digest).hexdigest(),
+            "sha256": self._digest.hexdigest(),
+        }
+        if item.form.exponent:
+            facts["exponent"] = item.form.exponent
+        if self._changes:
+            facts["rounding"] = self._meter.result().as_dict()
+        return facts

@@ -1,9 +1,13 @@
 """OUT is complete or absent: what is written, and what is left behind when writing fails."""
 
 import json
+import time
+import weakref
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -11,8 +15,10 @@ from toy_checkpoints import all_tensors
 
 from fat5convert import convert as convert_module
 from fat5convert.convert import convert
+from fat5convert.direct_file import DirectFile
 from fat5convert.errors import ConvertError
 from fat5convert.formats import SafetensorsFile, TensorInfo
+from fat5convert.lanes import DEPTH, Lanes, one_thread
 from fat5convert.precision import Form
 from fat5convert.staging import check_space, holds_model, staged
 from fat5convert.writer import Item, write_weights
@@ -69,25 +75,53 @@ def test_written_files_are_read_by_the_safetensors_library(shard_size: int, tmp_
         assert name in SafetensorsFile(tmp_path / shard).tensors
 
 
-def test_a_chunk_at_a_time(tmp_path: Path) -> None:
-    """A piece is asked for only when no more than the two before it can still be in use."""
-    produced = written = 0
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_few_chunks_at_a_time(dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However slow the disk, no more chunks are read than may wait for it."""
+    alive: set[int] = set()
+    most = 0
 
     class Source:
         def chunks(self, name: str) -> Iterator[torch.Tensor]:
-            nonlocal produced
-            for _ in range(20):
-                produced += 1
-                assert produced - written <= 1
-                yield torch.zeros(5)
+            nonlocal most
+            for i in range(100):
+                memory = np.zeros(5, dtype=np.float32)
+                weakref.finalize(memory, alive.discard, i)
+                alive.add(i)
+                most = max(most, len(alive))
+                yield torch.from_numpy(memory)
+                del memory
 
-    def advance(count: int) -> None:
-        nonlocal written
-        written += 1
+    write = DirectFile.write
 
-    todo = [Item(f"t{i}", Source(), "t", TensorInfo(torch.float32, (100,)), Form(torch.float32)) for i in range(3)]
-    write_weights(tmp_path, todo, 1000, advance)
-    assert written == 60
+    def slowly(self: DirectFile, data: memoryview) -> None:
+        time.sleep(1e-3)
+        write(self, data)
+
+    monkeypatch.setattr(DirectFile, "write", slowly)
+    todo = [Item(f"t{i}", Source(), "t", TensorInfo(torch.float32, (500,)), Form(dtype)) for i in range(3)]
+    counts: list[int] = []
+    write_weights(tmp_path, todo, 10**9, counts.append)
+    assert len(counts) == 300
+    assert DEPTH <= most <= DEPTH + 3
+
+
+def test_lanes_keep_their_order_and_raise_what_went_wrong() -> None:
+    lanes, seen = Lanes(("slow", "other")), []
+    threads = torch.get_num_threads()
+    with closing(lanes), one_thread():
+        for i in range(5 * DEPTH):
+            lanes.give("slow", lambda i=i: (time.sleep(1e-4), seen.append(i)))
+            lanes.give("other", lambda: None)
+        lanes.finish()
+        assert seen == list(range(5 * DEPTH))
+        lanes.give("other", int, "no number")
+        with pytest.raises(ValueError, match="no number"):
+            lanes.finish()
+        lanes.give("slow", time.sleep, 0.05)
+        lanes.give("slow", seen.clear)
+    assert seen, "what had not begun was given up"
+    assert torch.get_num_threads() == threads
 
 
 @pytest.mark.parametrize("change", [torch.zeros(99), torch.zeros(101), torch.zeros(100).half()])
