@@ -1,5 +1,6 @@
 """FlashT5 models: encoder-decoder, and the same with a language modeling head. All others are reached from here too."""
 
+import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -292,5 +293,10 @@ class FlashT5ForConditionalGeneration(FlashT5EncoderDecoder, GenerationMixin):
         return F.pad(attention_mask, (0, static_length(cache) - attention_mask.shape[1]), value=1)
 
 
+# `generate` asks for the arguments of the forward pass at every token; to read them anew takes longer than to run a
+# layer of the decoder.
+vars(FlashT5ForConditionalGeneration)["forward"].__signature__ = inspect.signature(
+    FlashT5ForConditionalGeneration.forward
+)
 FlashT5Model.register_for_auto_class("AutoModel")
 FlashT5ForConditionalGeneration.register_for_auto_class("AutoModelForSeq2SeqLM")

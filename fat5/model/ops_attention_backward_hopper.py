@@ -18,7 +18,7 @@ except ImportError as error:  # a guarded import is what the loader of remote co
     raise ImportError("the attention kernels need Triton") from error
 
 from .ops_attention_diagonals_hopper import no_carry, store_carry, store_diagonals, store_strips, thread_sums
-from .ops_attention_places_sm90 import hidden_zero
+from .ops_attention_places_sm90 import hidden_pointer, hidden_zero
 
 LOG2_E = gl.constexpr(1.4426950408889634)
 NEAR = gl.constexpr(128)  # keys, at whose grain a tile counts as near or far in the sums
@@ -27,7 +27,7 @@ NEAR = gl.constexpr(128)  # keys, at whose grain a tile counts as near or far in
 @gluon.jit
 def issue_tile(
     q_desc, do_desc, q_buf, do_buf, row_buf, bars, p_rows, batch, row, h, tile, slot,
-    BLOCK_M: gl.constexpr, num_warps: gl.constexpr,
+    BLOCK_M: gl.constexpr, HIDDEN: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """Start the copies of one block of queries: Q, dO, and lse and delta, which lie side by side in `p_rows`."""
     bar = bars.index(slot)
@@ -35,8 +35,20 @@ def issue_tile(
     tma.async_copy_global_to_shared(q_desc, [batch, row, h, 0], bar, q_buf.index(slot))
     tma.async_copy_global_to_shared(do_desc, [batch, row, h, 0], bar, do_buf.index(slot))
     o_row = gl.arange(0, 2 * BLOCK_M, gl.BlockedLayout([4], [32], [num_warps], [0]))
-    async_copy.async_copy_global_to_shared(row_buf.index(slot), p_rows + (tile.to(gl.int64) * (2 * BLOCK_M) + o_row))
+    p_row = tile_pointer(p_rows, tile, 2 * BLOCK_M, o_row, HIDDEN)
+    async_copy.async_copy_global_to_shared(row_buf.index(slot), p_row)
     async_copy.commit_group()
+
+
+@gluon.jit
+def tile_pointer(p, tile, SIZE: gl.constexpr, o_tile, HIDDEN: gl.constexpr):
+    """Where a tile of SIZE fp32 numbers lies, of which a thread has four side by side.
+
+    HIDDEN: formed anew each time, from fewer registers.
+    """
+    if not HIDDEN:
+        return p + (tile.to(gl.int64) * SIZE + o_tile)
+    return gl.max_contiguous(gl.multiple_of(hidden_pointer(p + tile.to(gl.int64) * SIZE) + o_tile, 16), 4)
 
 
 @gluon.jit
@@ -47,20 +59,19 @@ def tile_of(buffer, slot, BLOCK_M: gl.constexpr, HEAD_DIM: gl.constexpr):
 
 @gluon.jit
 def bias_tile(
-    p_line, offset, left, right, first_key, end_key, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BIAS: gl.constexpr,
+    p_first, offset, first_key, end_key, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BIAS: gl.constexpr,
     CAUSAL: gl.constexpr, layout: gl.constexpr,
 ):  # fmt: skip
     """What to start a tile's product from, in units of q.k: the bias; -inf where the key is not visible.
 
-    `offset` is the distance of the tile's first key from its first query. Its keys `first_key` to `end_key` count.
+    `offset` is the distance of the tile's first key from its first query, and `p_first` points at that distance's bias.
+    Its keys `first_key` to `end_key` count.
     """
     o_m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, layout))
     # a thread's columns differ from its lane's first by constants, which the instructions hold
     o_lane, o_rest = (o_m & 6)[None, :], (o_m & -7)[None, :]
     o_n = gl.arange(0, BLOCK_N, gl.SliceLayout(1, layout)) + hidden_zero()
     if BIAS == 1:
-        # beyond the line's reach the bias is constant, so that the tile may as well be nearer
-        p_first = p_line + gl.minimum(gl.maximum(offset, -left - BLOCK_N), right + BLOCK_M)
         b_bias = gl.load(p_first + (o_n[:, None] - o_lane).to(gl.int64) + -o_rest.to(gl.int64))
     else:
         b_bias = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, layout)
@@ -72,10 +83,14 @@ def bias_tile(
 
 @gluon.jit
 def near_bias(
-    p_line, offset, left, right, end_key, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BIAS: gl.constexpr,
-    CAUSAL: gl.constexpr, layout: gl.constexpr,
+    p_line, h, line_size, reach, span, offset, left, right, end_key, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    BIAS: gl.constexpr, CAUSAL: gl.constexpr, layout: gl.constexpr,
 ):  # fmt: skip
-    """Whether the product of a tile needs a start, and `bias_tile` if so, else zeros."""
+    """Whether the product of a tile needs a start, and `bias_tile` if so, else zeros.
+
+    A line of the bias begins with distance `-(reach + BLOCK_M)`, and the last first key of a tile is `span` behind the
+    foremost.
+    """
     b_bias = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, layout)
     is_needed = end_key < BLOCK_N
     if CAUSAL:
@@ -83,7 +98,10 @@ def near_bias(
     if BIAS == 1:
         is_needed = is_needed | ((offset + (BLOCK_N - 1) > -left) & (offset - (BLOCK_M - 1) < right))
     if is_needed:
-        b_bias = bias_tile(p_line, offset, left, right, 0, end_key, BLOCK_M, BLOCK_N, BIAS, CAUSAL, layout)
+        if BIAS == 1:
+            # beyond the line's reach the bias is constant, so that the tile may as well be nearer
+            p_line += (h + hidden_zero()) * line_size + BLOCK_M + gl.minimum(gl.maximum(offset + reach, 0), span)
+        b_bias = bias_tile(p_line, offset, 0, end_key, BLOCK_M, BLOCK_N, BIAS, CAUSAL, layout)
     return is_needed, b_bias
 
 
@@ -92,7 +110,8 @@ def fused_backward_kernel(
     q_desc, do_desc, p_k, p_v, p_rows, p_dq_tiles, p_dk, p_dv, p_far, p_near, p_line, p_cu_q, p_cu_k,
     p_lengths_k, stride_kb, stride_kl, stride_kh, stride_vb, stride_vl, stride_vh, stride_dkb, stride_dkl, stride_dkh,
     stride_dvb, stride_dvl, stride_dvh,
-    heads, max_q, max_k, q_offset, scale, line_size, left, right, first_near, near_count, near_blocks, lowest_row, rows,
+    heads, max_q, max_k, q_offset, scale, line_size, left, right, reach, span, first_near, near_count, near_blocks,
+    lowest_row, rows,
     HEAD_DIM: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BIAS: gl.constexpr, CAUSAL: gl.constexpr,
     LINE_GRADIENT: gl.constexpr, PLACES: gl.constexpr, STAGES: gl.constexpr, LATE_DP: gl.constexpr,
     HALF_P: gl.constexpr, num_warps: gl.constexpr,
@@ -109,6 +128,7 @@ def fused_backward_kernel(
     element: gl.constexpr = p_k.dtype.element_ty
     GROUPS: gl.constexpr = num_warps // 4
     FAR_PRODUCT: gl.constexpr = LINE_GRADIENT and PLACES == 0
+    HIDDEN: gl.constexpr = BIAS == 1 and HEAD_DIM == 128  # where registers are scarcest
     score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, BLOCK_M, 16])
     kv_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, HEAD_DIM, 16])
     dq_layout: gl.constexpr = gl.NVMMADistributedLayout(
@@ -153,9 +173,9 @@ def fused_backward_kernel(
     far_left = 0.0
     far_right = 0.0
     if BIAS == 1:
-        p_line += h * line_size + (left + BLOCK_M + BLOCK_N)
-        far_left = gl.load(p_line - left) * scale_log2
-        far_right = gl.load(p_line + right) * scale_log2
+        p_zero = p_line + (h * line_size + (reach + BLOCK_M))
+        far_left = gl.load(p_zero - left) * scale_log2
+        far_right = gl.load(p_zero + right) * scale_log2
 
     k_buf = gl.allocate_shared_memory(element, [BLOCK_N, HEAD_DIM], shared)
     v_buf = gl.allocate_shared_memory(element, [BLOCK_N, HEAD_DIM], shared)
@@ -202,7 +222,7 @@ def fused_backward_kernel(
     gl.thread_barrier()
     issue_tile(
         q_desc, do_desc, q_buf, do_buf, row_buf, bars, p_rows, batch_index,
-        first_row + first_block * BLOCK_M, h, first_tile + first_block * heads, 0, BLOCK_M, num_warps,
+        first_row + first_block * BLOCK_M, h, first_tile + first_block * heads, 0, BLOCK_M, HIDDEN, num_warps,
     )  # fmt: skip
     mbarrier.wait(bars.index(0), 0)
     async_copy.wait_group(0)
@@ -222,8 +242,8 @@ def fused_backward_kernel(
     slot = n0 * 0  # of this tile's queries, and the phase of their barrier
     phase = n0 * 0
     is_near, b_bias = near_bias(
-        p_line, n0 - first_block * BLOCK_M - q_offset, left, right, len_k - n0, BLOCK_M, BLOCK_N, BIAS, CAUSAL,
-        score_layout,
+        p_line, h, line_size, reach, span, n0 - first_block * BLOCK_M - q_offset, left, right, len_k - n0,
+        BLOCK_M, BLOCK_N, BIAS, CAUSAL, score_layout,
     )  # fmt: skip
     for block in range(first_block, end_block):
         zero = hidden_zero()
@@ -235,7 +255,7 @@ def fused_backward_kernel(
         next_phase = phase ^ gl.where(next_slot == 0, 1, 0)
         issue_tile(
             q_desc, do_desc, q_buf, do_buf, row_buf, bars, p_rows, batch_index, first_row + m0 + BLOCK_M, h,
-            tile + heads, next_slot, BLOCK_M, num_warps,
+            tile + heads, next_slot, BLOCK_M, HIDDEN, num_warps,
         )  # fmt: skip
         q_tile = tile_of(q_buf, slot, BLOCK_M, HEAD_DIM)
         do_tile = tile_of(do_buf, slot, BLOCK_M, HEAD_DIM)
@@ -266,7 +286,7 @@ def fused_backward_kernel(
             b_dv = warpgroup_mma(gl.convert_layout(b_p16, ds_layout), do_tile, b_dv, is_async=True)
             b_dprob, b_dk, b_dq, b_far = warpgroup_mma_wait(num_outstanding=1, deps=[b_dp, b_dk, b_dq, b_far])
         if block > first_block:
-            add_dq(p_dq_tiles, tile - heads, b_dq, HEAD_DIM, BLOCK_M)
+            add_dq(p_dq_tiles, tile - heads, b_dq, HEAD_DIM, BLOCK_M, HIDDEN)
         b_delta = row_buf.index(slot).slice(BLOCK_M, BLOCK_M).load(gl.SliceLayout(0, score_layout))
         if LATE_DP:
             b_dprob = warpgroup_mma_wait(num_outstanding=1, deps=[b_dp])
@@ -289,8 +309,9 @@ def fused_backward_kernel(
                 b_carry = store_strips(strips_buf.index(shift // BLOCK_M), b_ds, b_carry)
         b_dv = warpgroup_mma_wait(num_outstanding=0, deps=[b_dv])
         is_near, b_bias = near_bias(
-            p_line, offset - BLOCK_M, left, right, len_k - n0, BLOCK_M, BLOCK_N, BIAS, CAUSAL, score_layout
-        )
+            p_line, h, line_size, reach, span, offset - BLOCK_M, left, right, len_k - n0, BLOCK_M, BLOCK_N, BIAS,
+            CAUSAL, score_layout,
+        )  # fmt: skip
         mbarrier.wait(bars.index(next_slot), next_phase)
         async_copy.wait_group(0)
         fence_async_shared()
@@ -307,7 +328,7 @@ def fused_backward_kernel(
             k_buf.permute([1, 0]), ds_buf.index((end_block + 1) & 1), b_dq_zero, use_acc=False, is_async=True
         )
         b_dk, b_dq, b_far = warpgroup_mma_wait(num_outstanding=0, deps=[b_dk, b_dq, b_far])
-        add_dq(p_dq_tiles, first_tile + (end_block - 1) * heads, b_dq, HEAD_DIM, BLOCK_M)
+        add_dq(p_dq_tiles, first_tile + (end_block - 1) * heads, b_dq, HEAD_DIM, BLOCK_M, HIDDEN)
 
     if PLACES > 0:
         shift = n0 - (end_block - 1) * BLOCK_M - first_near  # of the last tile
@@ -361,11 +382,11 @@ def fused_backward_kernel(
 
 
 @gluon.jit
-def add_dq(p_dq_tiles, tile, b_dq, HEAD_DIM: gl.constexpr, BLOCK_M: gl.constexpr):
+def add_dq(p_dq_tiles, tile, b_dq, HEAD_DIM: gl.constexpr, BLOCK_M: gl.constexpr, HIDDEN: gl.constexpr):
     """Add `[HEAD_DIM, BLOCK_M]` to a tile of dQ, where four registers of a thread, then a warp's lanes, lie side by
     side.
     """
     b = b_dq.reshape([HEAD_DIM // 16, 2, 8, BLOCK_M // 8, 4, 2])  # warp, half, row, column of 8, pair, element
     b_row = b.permute([3, 0, 2, 4, 1, 5]).reshape([HEAD_DIM * BLOCK_M])
     o_tile = gl.arange(0, HEAD_DIM * BLOCK_M, b_row.type.layout)
-    gl.atomic_add(p_dq_tiles + (tile.to(gl.int64) * (HEAD_DIM * BLOCK_M) + o_tile), b_row, sem="relaxed")
+    gl.atomic_add(tile_pointer(p_dq_tiles, tile, HEAD_DIM * BLOCK_M, o_tile, HIDDEN), b_row, sem="relaxed")

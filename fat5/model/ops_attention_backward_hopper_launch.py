@@ -132,8 +132,9 @@ def launch_hopper(
     fused_backward_kernel[grid](
         q_desc, do_desc, k, v, row_tiles, dq_tiles, dk, dv, far, sums, line, cu_q, cu_k, lengths_k,
         *k.stride()[:3], *v.stride()[:3], *dk.stride()[:3], *dv.stride()[:3], heads, problem.max_seqlen_q,
-        problem.max_seqlen_k, problem.q_offset, problem.scale, line_size, left, right, first + problem.q_offset,
-        offsets, 0 if sums is None else sums.shape[1], lowest, 0 if sums is None else sums.shape[2], HEAD_DIM=head_dim,
+        problem.max_seqlen_k, problem.q_offset, problem.scale, line_size, left, right, left + block_n,
+        left + right + block_m + block_n, first + problem.q_offset, offsets, 0 if sums is None else sums.shape[1],
+        lowest, 0 if sums is None else sums.shape[2], HEAD_DIM=head_dim,
         BLOCK_M=block_m, BLOCK_N=block_n, BIAS=bias.kind, CAUSAL=problem.causal, LINE_GRADIENT=far is not None,
         PLACES=0 if near is None else PLACES, STAGES=stages, LATE_DP=config.late_dp, HALF_P=config.half_p,
         num_warps=num_warps,

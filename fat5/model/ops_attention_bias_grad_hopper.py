@@ -116,7 +116,8 @@ def near_sums_kernel(
     if begin < end:
         issue_tile(
             q_desc, do_desc, q_buf, do_buf, row_buf, q_bars, p_rows, batch,
-            first_q + (2 * j + second) * BLOCK_M, h, (first_tile + 2 * j + second) * heads + h, 0, BLOCK_M, num_warps,
+            first_q + (2 * j + second) * BLOCK_M, h, (first_tile + 2 * j + second) * heads + h, 0, BLOCK_M, False,
+            num_warps,
         )  # fmt: skip
     issued = begin * 0  # blocks of keys
     oldest = begin * 0  # the first of them that this pair needs
@@ -144,7 +145,7 @@ def near_sums_kernel(
             issue_tile(
                 q_desc, do_desc, q_buf, do_buf, row_buf, q_bars, p_rows, batch_next,
                 first_q + (2 * j + second) * BLOCK_M, h, (first_tile + 2 * j + second) * heads + h,
-                1 - q_slot, BLOCK_M, num_warps,
+                1 - q_slot, BLOCK_M, False, num_warps,
             )  # fmt: skip
         q_tile = tile_of(q_buf, q_slot, BLOCK_M, HEAD_DIM).permute([1, 0])
         do_tile = tile_of(do_buf, q_slot, BLOCK_M, HEAD_DIM).permute([1, 0])
@@ -155,9 +156,9 @@ def near_sums_kernel(
             slot = (oldest + t) % RING
             mbarrier.wait(k_bars.index(slot), ((oldest + t) // RING) & 1)
             # no branch around the products: ptxas 13 then reuses their descriptors where they were never computed
-            b_bias = bias_tile(
-                p_line, n0 - m0 - q_offset, left, right, -n0, len_k - n0, BLOCK_M, BLOCK_N, 1, CAUSAL, layout
-            )
+            # beyond the line's reach the bias is constant, so that the tile may as well be nearer
+            p_first = p_line + gl.minimum(gl.maximum(n0 - m0 - q_offset, -left - BLOCK_N), right + BLOCK_M)
+            b_bias = bias_tile(p_first, n0 - m0 - q_offset, -n0, len_k - n0, BLOCK_M, BLOCK_N, 1, CAUSAL, layout)
             b_s = warpgroup_mma(tile_of(k_buf, slot, BLOCK_N, HEAD_DIM), q_tile, b_bias, is_async=True)
             b_dp = warpgroup_mma(tile_of(v_buf, slot, BLOCK_N, HEAD_DIM), do_tile, b_zero, use_acc=False, is_async=True)
             b_lse = rows.slice(0, BLOCK_M).load(column)

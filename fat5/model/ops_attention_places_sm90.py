@@ -17,6 +17,15 @@ def hidden_zero():
 
 
 @gluon.jit
+def hidden_pointer(p):
+    """The same pointer, as `hidden_zero` is zero: what differs between threads is added to it where that is needed, and
+    not kept from before a loop on.
+    """
+    p_same = gl.inline_asm_elementwise("mov.b64 $0, $1;", "=l,l", [p.to(gl.int64)], gl.int64, is_pure=False, pack=1)
+    return p_same.to(p.dtype)
+
+
+@gluon.jit
 def block_of(tile, blocks, heads, tiles, bundle, CAUSAL: gl.constexpr):
     """Block of queries, head and segment of one tile of work."""
     if CAUSAL:
