@@ -2,14 +2,16 @@
 
     python benchmarks/train_step.py                             # everything (one GPU, about 6 minutes)
     python benchmarks/train_step.py --parts train --cases base-512
+    python benchmarks/train_step.py --parts padding             # what half padding costs, where a GPU is the limit
     python benchmarks/train_step.py                             # on a CPU: toy sizes, times mean nothing
 
 A training step is forward, backward and fused AdamW in bf16, without dropout, on synthetic batches: full-length ones,
 and for the cases that end in `-padded` rows of random lengths, whose padding FlashT5 removes. Stock runs in eager
 attention under `torch.compile`, the fastest way it has; FlashT5 as it is and, where lengths are known, with the whole
-of a step or call in a CUDA graph. MFU counts the multiplications of the matrices and of attention, three times those of
-forward, against 989 TFLOPS; tokens are the real ones, of inputs and targets. Writes `train-step-<device>.json` to
-`benchmarks/results/`, with the kernels that took most of FlashT5's time.
+of a step or call in a CUDA graph. For `padding`, FlashT5 alone meets batches so large that launching from Python does
+not limit it, of whole rows and of rows that are padding from the middle on. MFU counts the multiplications of the
+matrices and of attention, three times those of forward, against 989 TFLOPS; tokens are the real ones, of inputs and
+targets. Writes `train-step-<device>.json` to `benchmarks/results/`, with the kernels that took most of FlashT5's time.
 """
 
 import argparse
@@ -46,6 +48,12 @@ TRAIN = {  # model, rows, inputs, targets
     "base-512-padded": ("base", 64, 512, 256),
 }
 ENCODE = {"base-512": ("base", 64, 512), "xl-512": ("xl", 8, 512), "base-8192": ("base", 4, 8192)}
+PADDING = {  # model, rows, inputs, targets; 0 targets for the encoder alone
+    "encode-base": ("base", 512, 512, 0),
+    "encode-large": ("large", 256, 512, 0),
+    "train-base": ("base", 256, 512, 256),
+    "train-large": ("large", 128, 512, 256),
+}
 OPTIONS = {
     "feed_forward_proj": "gated-gelu",
     "tie_word_embeddings": False,
@@ -179,11 +187,43 @@ def measure_encoding(case: str, peer: str, seconds: float) -> dict:
     return record
 
 
+def measure_padding(case: str, peer: str, seconds: float) -> dict:
+    """Last hidden states, or forward and backward, of whole rows and of rows half of which is padding."""
+    name, rows, inputs, targets = PADDING.get(case, ("toy", 3, 20, 10))
+    model = build(peer, name, encoder=not targets).train(bool(targets))
+    made = batch(rows, inputs, targets, SHAPES[name]["vocab_size"], padded=False)
+    if not targets:
+        del made["labels"]
+
+    def step() -> None:
+        with torch.set_grad_enabled(bool(targets)):
+            output = model(**made)
+        if targets:
+            output.loss.backward()
+            model.zero_grad()
+
+    record = {}
+    for share in (1.0, 0.5):
+        made["attention_mask"] = torch.ones_like(made["input_ids"])
+        made["attention_mask"][:, int(share * inputs) :] = 0
+        if targets:
+            made["labels"][:, int(share * targets) :] = -100
+        record["whole_ms" if share == 1 else "half_ms"] = time_steps(step, seconds)
+    return record | {"half_of_whole": record["half_ms"] / record["whole_ms"]}
+
+
+PARTS = {
+    "train": (TRAIN, measure_training),
+    "encode": (ENCODE, measure_encoding),
+    "padding": (PADDING, measure_padding),
+}
+
+
 def main() -> None:
     """Measure, print and store."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--parts", nargs="+", choices=("train", "encode"), default=["train", "encode"])
-    parser.add_argument("--cases", nargs="+", help="of those of both parts", choices=sorted({*TRAIN, *ENCODE}))
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=["train", "encode"])
+    parser.add_argument("--cases", nargs="+", help="of all parts", choices=sorted({*TRAIN, *ENCODE, *PADDING}))
     parser.add_argument("--peers", nargs="+", choices=("fat5", "stock"), default=["fat5", "stock"])
     parser.add_argument("--seconds", type=float, default=2.0, help="of calls behind each figure")
     parser.add_argument("--output", type=Path, default=RESULTS)
@@ -193,8 +233,10 @@ def main() -> None:
     device = re.sub(r"[^a-z0-9]+", "-", about["device"].lower().split(",")[0]).strip("-")
     path = arguments.output / f"train-step-{device}.json"
     for peer in arguments.peers:
-        for part, cases, measure in (("train", TRAIN, measure_training), ("encode", ENCODE, measure_encoding)):
+        for part, (cases, measure) in PARTS.items():
             for case in cases if ON_GPU else ["toy"]:
+                if part == "padding" and peer != "fat5":
+                    continue
                 if part not in arguments.parts or (arguments.cases and case not in arguments.cases):
                     continue
                 try:
