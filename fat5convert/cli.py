@@ -17,7 +17,7 @@ from tqdm import tqdm
 from fat5convert.console import one_message, size
 from fat5convert.convert import DEFAULT_SHARD_SIZE, Plan, plan_conversion
 from fat5convert.convert import convert as convert_model
-from fat5convert.errors import ConvertError, DifferenceError
+from fat5convert.errors import ConvertError, DifferenceError, some
 from fat5convert.export import export as export_model
 from fat5convert.families import family_table
 from fat5convert.inspection import inspect_model
@@ -195,7 +195,7 @@ def verify(out: str, against: str | None, revision: str | None, config: str | No
     with one_message():
         parity = verify_model(out, against, revision, config)
         if parity["result"] != "same":
-            raise DifferenceError(f"{out} differs: " + "; ".join(parity["differences"]))
+            raise DifferenceError(f"{out} differs: " + some(parity["differences"], between="; "))
         if against:
             _record(out, parity)
     if quiet:

@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from fat5.model import copy_runtime_files
-from fat5convert.errors import ConvertError, DifferenceError
+from fat5convert.errors import ConvertError, DifferenceError, some
 from fat5convert.formats import TensorInfo
 from fat5convert.hashing import hash_file
 from fat5convert.journal import Journal
@@ -139,7 +139,7 @@ def convert(
         if verify:
             parity = verify_written(folder, plan.checkpoint, plan.recognised, conversion)
             if parity["result"] != "same":
-                raise DifferenceError(f"{out} was not written: {'; '.join(parity['differences'])}")
+                raise DifferenceError(f"{out} was not written: {some(parity['differences'], between='; ')}")
             write_json(folder / "parity.json", parity)
     return Report(plan, conversion, parity)
 

@@ -8,11 +8,11 @@ https://github.com/Wan-Video/Wan2.1, Apache-2.0). `NAMINGS` says in which forms 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
-from fat5convert.errors import ConvertError
+from fat5convert.errors import ConvertError, some
 from fat5convert.heads import Task
 from fat5convert.layout import Layout, Where
 from fat5convert.source import Checkpoint
@@ -243,7 +243,7 @@ def check(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]], allow
         if name in found and found[name].shape != shape
     ]
     problems = [
-        f"{len(names)} {what}: {_some(names)}"
+        f"{len(names)} {what}: {some(names)}"
         for what, names in (
             ("missing tensor(s)", missing),
             ("unknown tensor(s)", unknown),
@@ -255,8 +255,3 @@ def check(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]], allow
         advice = "Correct the config, or download or save the weights again."
         what = f"the tensors do not fit {checkpoint.config_name}: {'; '.join(problems)}"
         raise ConvertError(f"{checkpoint.weights_name}: {what}. {advice}")
-
-
-def _some(names: Sequence[str], limit: int = 8) -> str:
-    more = f", and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more

@@ -54,4 +54,6 @@ def find_config(name: str) -> dict[str, Any]:
     path = Path(name).expanduser()
     if path.is_file():
         return read_json(path)
+    if path.is_dir():
+        raise ConvertError(f"--config {name}: a folder. Give the config.json in it.")
     raise ConvertError(f"--config {name}: no such file, and no known name ({', '.join(KNOWN_CONFIGS)})")

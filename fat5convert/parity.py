@@ -25,7 +25,7 @@ from transformers.utils import logging
 
 from fat5 import model as fat5_model
 from fat5.model import FlashT5Config
-from fat5convert.errors import ConvertError
+from fat5convert.errors import ConvertError, some
 from fat5convert.precision import CONVERTIBLE, Form, kept_dtype, short_name
 from fat5convert.probe import DECODER_LENGTHS, ENCODER_LENGTHS, Outputs, Probe, make_probe, run_probe
 from fat5convert.recognise import Recognised
@@ -119,8 +119,7 @@ class _Comparison:
         stored = Weights(self.checkpoint, self.recognised)
         broken = [name for name, parameter in stock.named_parameters() if not parameter.isfinite().all()]
         if broken:
-            names = ", ".join(broken[:8]) + (f", and {len(broken) - 8} more" if len(broken) > 8 else "")
-            self.differences.append(f"values that are not finite, so that nothing can be compared, in {names}")
+            self.differences.append(f"values that are not finite, so that nothing can be compared, in {some(broken)}")
         elif not self.recognised.layout.tied and not torch.equal(stock.lm_head.weight, stored["lm_head.weight"]):
             self.differences.append("stock transformers did not load the lm_head of the file, and is no oracle for it")
         if forms is not None:

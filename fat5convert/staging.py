@@ -72,10 +72,10 @@ def check_target(out: Path, overwrite: bool, replaceable: Callable[[Path], bool]
         if not nearest.is_dir():
             raise ConvertError(f"{out}: cannot be written, {nearest} is a file. Give another folder.")
         return
+    if not out.is_dir() or out.is_symlink() or not replaceable(out):
+        raise ConvertError(f"{out}: exists and does not look like an earlier output. Give another folder.")
     if not overwrite:
         raise ConvertError(f"{out}: exists already. Give --overwrite to replace it, or another folder.")
-    if not out.is_dir() or out.is_symlink() or not replaceable(out):
-        raise ConvertError(f"{out}: exists and does not look like an earlier output, so it is not replaced")
 
 
 def holds_model(*model_types: str) -> Callable[[Path], bool]:

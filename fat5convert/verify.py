@@ -141,7 +141,10 @@ def _check_against(
 def _check_recorded(out: Checkpoint, differences: list[str]) -> dict[str, Any]:
     path = out.folder / "conversion.json"
     if not path.is_file():
-        raise ConvertError(f"{path}: missing, so there are no hashes to check by. Give --against SOURCE.")
+        raise ConvertError(
+            f"{path}: missing, so there are no hashes to check by. Give --against SOURCE; of a folder that was trained "
+            "since it was converted, nothing can be checked"
+        )
     recorded = read_json(path).get("tensors")
     if not isinstance(recorded, dict) or not all(isinstance(entry, dict) for entry in recorded.values()):
         raise ConvertError(f"{path}: malformed (no table of tensors). Give --against SOURCE.")

@@ -206,6 +206,7 @@ def main(folder: Path) -> None:
         ("trained FAT5 repo", str(trained)),
         ("back in stock transformers", str(exported)),
         ("picture of the loss", str(folder / "run" / "loss.png")),
+        ("page of the run", str(folder / "run" / "report.html")),
         ("time", f"{time.monotonic() - started:.0f} s"),
     ]
     click.echo()

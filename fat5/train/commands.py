@@ -80,8 +80,9 @@ def pretrain(recipe: Path, changes: tuple[str, ...], resume: str, dry_run: bool)
     except (RecipeError, TrainingError) as error:
         raise click.ClickException(str(error)) from error
     except OSError as error:
-        where = "" if error.filename else f", in {read.output.folder} or the cache of tokenised text"
-        raise click.ClickException(f"{error}{where}") from error
+        where = error.filename or f"{read.output.folder} or the cache of tokenised text"
+        advice = f"output.folder is {read.output.folder}: give one that can be written"
+        raise click.ClickException(f"{where}: {error.strerror or error} ({advice})") from error
     except torch.OutOfMemoryError as error:
         advice = "set training.cuda_graphs=false (graphs keep memory of their own for activations), lower "
         advice += "training.micro_batch_size (the result stays the same) or set training.gradient_checkpointing"

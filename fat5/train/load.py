@@ -110,10 +110,10 @@ def _require_fat5(options: ModelOptions) -> None:
         raise TrainingError(message + advice) from error
     kind = config.get("model_type", "of no stated type")
     if kind != FlashT5Config.model_type:
-        raise TrainingError(
-            f"model.path {options.path} is not a FAT5 checkpoint (its model_type is {kind}); "
-            f"run `fat5convert {options.path} OUT` first and give OUT as model.path"
-        )
+        advice = "and no T5 that `fat5convert` makes one of"
+        if kind in ("t5", "mt5", "umt5"):
+            advice = f"run `fat5convert {options.path} OUT` first and give OUT as model.path"
+        raise TrainingError(f"model.path {options.path} is not a FAT5 checkpoint (its model_type is {kind}); {advice}")
 
 
 def load_tokenizer(options: ModelOptions, config: PretrainedConfig) -> PreTrainedTokenizerBase:

@@ -200,6 +200,7 @@ class PretrainingTrainer(Trainer):
             losses.clear()
             logs |= {"tokens": self.progress.tokens, "skipped_steps": self.progress.skipped}
             logs |= self.throughput.figures()
+        logs.pop("train_loss", None)  # Trainer's sum over the steps since the last start, divided by all there were
         super().log(logs, start_time)
 
     # ---- what is saved

@@ -80,6 +80,20 @@ def test_export_says_what_it_did(converted: dict[str, Path], tmp_path: Path) -> 
     run("export", converted["mt5"], tmp_path / "t5", "--overwrite")
 
 
+def test_what_may_not_be_replaced_is_not_said_to_be(flan: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for out in (tmp_path / "file", flan):
+        output = run(flan, out, code=1).output
+        assert "Give another folder" in output
+        assert "--overwrite" not in output
+
+
+def test_many_differences_are_told_by_a_few(converted: dict[str, Path], originals: dict[str, Path]) -> None:
+    output = run("verify", converted["t5-v1.1"], "--against", originals["mt5"], code=3).output
+    assert " more" in output
+    assert output.count("; ") == 7
+
+
 def test_quiet(flan: Path, tmp_path: Path) -> None:
     assert run(flan, tmp_path / "out", "--quiet", "--no-verify").output == ""
     assert run("verify", tmp_path / "out", "--quiet").output == ""

@@ -65,6 +65,9 @@ def test_what_a_run_leaves(toy, tmp_path):
     entries = log(out)
     assert [e["step"] for e in entries if "loss" in e] == [1, 2]
     assert [e["step"] for e in entries if "eval_loss" in e] == [0, 1, 2]
+    *_, end = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+    assert "train_runtime" in end
+    assert "train_loss" not in end  # which would be another number after an interruption
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
     summary = json.loads((out / "model" / "training.json").read_text())
     assert summary["last_evaluation"]["eval_loss"] == entries[-1]["eval_loss"]
@@ -294,6 +297,7 @@ def test_it_works_without_datasets(toy, tmp_path):
     ("changes", "message"),
     [
         ({"model__path": "{stock}"}, "is not a FAT5 checkpoint (its model_type is t5); run `fat5convert"),
+        ({"output__folder": "/proc/out"}, "/proc/out: No such file or directory (output.folder is /proc/out"),
         ({"model__path": "{stock}/absent"}, "absent is no model's folder or Hub id"),
         ({"data__train": "[{files: [absent-*.txt]}]"}, "absent-*.txt"),
         ({"data__train": "[{files: [absent.txt], streaming: true}]"}, "no file matches absent.txt"),
