@@ -211,7 +211,8 @@ class PickleFile:
         self._state: dict[str, torch.Tensor] = loaded
         self.tensors = {}
         for name, tensor in loaded.items():
-            if not isinstance(name, str) or tensor.layout != torch.strided or tensor.device.type != "cpu":
+            plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_neg()
+            if not isinstance(name, str) or not plain:
                 raise ConvertError(f"{path}: tensor {name!r} is no plain tensor with values")
             # Strides of zero make a few bytes look like a tensor of any size.
             if tensor.nbytes > tensor.untyped_storage().nbytes():

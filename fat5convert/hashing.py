@@ -21,7 +21,9 @@ class Chunked(Protocol):
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """The values of a CPU tensor as bytes, little-endian, row-major; copies only if they are not contiguous."""
     flat = tensor if tensor.dim() == 1 else tensor.reshape(-1)
-    return flat.contiguous().view(torch.uint8).numpy().data
+    if flat.stride(0) != 1:  # `contiguous` takes a single value for contiguous, whatever its stride
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    return flat.view(torch.uint8).numpy().data
 
 
 def hash_tensor(tensor: torch.Tensor) -> str:

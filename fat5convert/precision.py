@@ -97,7 +97,7 @@ class ErrorMeter:
 
 
 def _square_sum(values: torch.Tensor) -> float:
-    """Sum of the squares of a block: in fp32, which keeps six digits, where no square that matters leaves its range."""
+    """Sum of the squares of a block: in fp32, to five digits, where no square that matters leaves its range."""
     total = float(torch.dot(values, values))
     if _SMALL < total < math.inf:
         return total

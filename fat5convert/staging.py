@@ -82,11 +82,11 @@ def holds_model(*model_types: str) -> Callable[[Path], bool]:
     """A test for `replaceable`: the folder's config.json is of one of these model types, or the folder is empty."""
 
     def test(folder: Path) -> bool:
-        if not any(folder.iterdir()):
-            return True
         try:
+            if not any(folder.iterdir()):
+                return True
             return read_json(folder / "config.json").get("model_type") in model_types
-        except ConvertError:
+        except (ConvertError, OSError):  # one that may not be looked into is not to be replaced either
             return False
 
     return test

@@ -112,8 +112,8 @@ def _write_shard(path: Path, items: Sequence[Item], advance: Advance, cached: bo
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    lanes = Lanes(("write", "hash", "hash source", "measure"))
-    with closing(DirectFile(path, cached)) as file, closing(lanes), one_thread():
+    kinds = ("write", "hash", "hash source", "measure")
+    with closing(DirectFile(path, cached)) as file, closing(Lanes(kinds)) as lanes, one_thread():
         file.write(len(text).to_bytes(8, "little") + text)
         passed = [_Passing(item) for item in items]
         for tensor in passed:
@@ -137,7 +137,7 @@ class _Passing:
         for before in item.source.chunks(item.source_name):
             count += before.numel()
             if before.dtype != item.source_info.dtype or count > item.source_info.numel:
-                break
+                raise self._changed()
             after = item.form.apply(before) if self._changes else before
             data = tensor_bytes(after)
             lanes.give("write", file.write, data)
@@ -147,7 +147,10 @@ class _Passing:
                 lanes.give("measure", self._measure, before, after)
             advance(len(data))
         if count != item.source_info.numel:
-            raise ConvertError(f"tensor {item.source_name} changed while it was being converted")
+            raise self._changed()
+
+    def _changed(self) -> ConvertError:
+        return ConvertError(f"tensor {self.item.source_name} changed while it was being converted")
 
     def _measure(self, before: torch.Tensor, after: torch.Tensor) -> None:
         self._meter.add(before, self.item.form.undo(after))
