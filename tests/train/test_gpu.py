@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-
-from fat5.train.throughput import CLOCKED
+from toy_training import log
 
 pytestmark = pytest.mark.gpu
 SMOKE = str(Path(__file__).parents[2] / "recipes" / "smoke.yaml")
@@ -29,11 +28,6 @@ def pretrain(toy, out: Path, *more: str, **changes) -> str:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return done.stdout
-
-
-def log(out: Path) -> list[dict]:
-    entries = map(json.loads, (out / "log.jsonl").read_text().splitlines())
-    return [{k: v for k, v in e.items() if k not in CLOCKED} for e in entries if "train_runtime" not in e]
 
 
 @pytest.mark.parametrize("packing", ["none", "segments", "stream"])

@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from toy_training import log
 
 from fat5.train import checkpoints
 from fat5.train.signals import STOPPED
-from fat5.train.throughput import CLOCKED
 
 HERE = Path(__file__).parent
 SMOKE = str(HERE.parents[1] / "recipes" / "smoke.yaml")
@@ -81,11 +81,6 @@ def undisturbed(server, settings, tmp_path_factory) -> Path:
     status, output = server.run(settings(folder / "out"), folder / "output")
     assert status == 0, output
     return folder / "out"
-
-
-def log(out: Path) -> list[dict]:
-    entries = map(json.loads, (out / "log.jsonl").read_text().splitlines())
-    return [{k: v for k, v in e.items() if k not in CLOCKED} for e in entries if "train_runtime" not in e]
 
 
 def same(out: Path, expected: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
 from torch.nn import functional as F
+from toy_training import log
 from transformers import AutoModelForSeq2SeqLM
 
 from fat5.cli import COMMANDS, main
@@ -23,7 +24,6 @@ from fat5.train.folder import RunFolder
 from fat5.train.load import add_rows, load_tokenizer
 from fat5.train.recipe import load_recipe
 from fat5.train.run import pretrain
-from fat5.train.throughput import CLOCKED
 from fat5.train.trainer import PretrainingTrainer
 
 SMOKE = Path(__file__).parents[2] / "recipes" / "smoke.yaml"
@@ -32,12 +32,6 @@ SMOKE = Path(__file__).parents[2] / "recipes" / "smoke.yaml"
 def run(settings: list[str], *more: str, recipe: Path = SMOKE):
     arguments = [part for setting in settings for part in ("--set", setting)]
     return CliRunner().invoke(main, ["pretrain", str(recipe), *arguments, *more])
-
-
-def log(folder: Path) -> list[dict]:
-    """Read a run's log, without the clock."""
-    entries = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
-    return [{k: v for k, v in e.items() if k not in CLOCKED} for e in entries if "train_runtime" not in e]
 
 
 def test_what_a_run_leaves(toy, tmp_path):

@@ -1,6 +1,5 @@
 """A run on two machines: two of torchrun's agents that know each other by address only, here both on this machine."""
 
-import json
 import os
 import socket
 import subprocess
@@ -10,8 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-
-from fat5.train.throughput import CLOCKED
+from toy_training import log
 
 SMOKE = str(Path(__file__).parents[2] / "recipes" / "smoke.yaml")
 
@@ -36,11 +34,6 @@ def pretrain(settings: list[str], machines: int) -> list[subprocess.CompletedPro
     outputs = [process.communicate(timeout=600)[0] for process in running]
     assert [process.returncode for process in running] == [0] * machines, "\n".join(outputs)[-6000:]
     return outputs
-
-
-def log(out: Path) -> list[dict]:
-    entries = map(json.loads, (out / "log.jsonl").read_text().splitlines())
-    return [{k: v for k, v in e.items() if k not in CLOCKED} for e in entries if "train_runtime" not in e]
 
 
 @pytest.mark.slow

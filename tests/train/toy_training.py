@@ -1,5 +1,6 @@
 """A toy model and toy data for the trainer's tests, made without `fat5.data`."""
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,19 @@ from fat5.train.guard import StepGuard
 from fat5.train.options import GuardOptions, TrainingOptions
 from fat5.train.progress import Progress
 from fat5.train.signals import StopSignals
+from fat5.train.throughput import CLOCKED
 from fat5.train.trainer import PretrainingTrainer
 
 VOCABULARY = 48
 DENOISERS = ("copy", "reverse")
 # An epsilon that keeps Adam from blowing rounding in a near-zero gradient up to a whole step.
 SCALED = {"optimizer": "adamw_scale", "weight_decay": 0.1, "adam_epsilon": 1e-4}
+
+
+def log(folder: Path) -> list[dict]:
+    """The log that a run has left in its folder, without what the clock says."""
+    entries = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+    return [{k: v for k, v in e.items() if k not in CLOCKED} for e in entries if "train_runtime" not in e]
 
 
 def toy_model(**changes: Any) -> FlashT5ForConditionalGeneration:
