@@ -1,17 +1,16 @@
-"""Writing a large file once, from front to end, without leaving it in the page cache."""
+"""Writing a large file once, in several places at a time, without leaving it in the page cache."""
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import mmap
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from fat5convert.lanes import Lanes
-
 SIZE = 8 * 2**20  # bytes sent at once
-ALIGNMENT = 4096  # of what is sent: a multiple of every disk's sectors
+ALIGNMENT = max(4096, mmap.PAGESIZE)  # of what is sent: a multiple of every disk's sectors
 O_DIRECT = getattr(os, "O_DIRECT", 0)  # Linux has it
 
 
@@ -27,62 +26,82 @@ class DirectFile:
     """
 
     def __init__(self, path: Path, cached: bool) -> None:
-        self._file = open(path, "wb", buffering=0)  # noqa: SIM115 (closed by `close`)
-        # One is filled while the other is sent; each begins with a page.
-        self._buffer, self._other = (memoryview(mmap.mmap(-1, SIZE)) for _ in range(2))
-        self._filled = 0
-        self._disk = Lanes(("disk",))
-        self._direct = False
-        if not cached:
-            self._set_direct(True)
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        self._direct: int | None = None
+        # What fills no whole page is written when all else is on the disk: in the cache, a page that another thread
+        # writes to past it would be of yesterday.
+        self._pieces: list[tuple[int, bytes]] = []
+        self._spare: list[memoryview] = []  # buffers that no region uses
+        if O_DIRECT and not cached:
+            with suppress(OSError):  # a file system that cannot
+                self._direct = os.open(path, os.O_WRONLY | O_DIRECT)
+        self._refused = False
 
-    def write(self, data: bytes | memoryview) -> None:
+    @contextmanager
+    def region(self, start: int) -> Iterator[Region]:
+        """Write from an offset on, in a thread; the last bytes are sent when the block ends without an error."""
+        # Each begins with a page, as direct writing wants.
+        buffer = self._spare.pop() if self._spare else memoryview(mmap.mmap(-1, SIZE))
+        region = Region(self, start, buffer)
+        yield region
+        region.send()
+        self._spare.append(buffer)
+
+    def put(self, offset: int, data: memoryview) -> None:
+        """Write bytes at an offset, or keep what fills no page until the end."""
+        if self._direct is None:
+            self._write(self._file, offset, data)
+            return
+        first = min(-offset % ALIGNMENT, len(data))
+        last = max(first, (offset + len(data)) // ALIGNMENT * ALIGNMENT - offset)
+        self._pieces += [(offset, bytes(data[:first])), (offset + last, bytes(data[last:]))]
+        self._write(self._direct, offset + first, data[first:last])
+
+    def finish(self) -> None:
+        """Write what is left, and wait until all is on the disk."""
+        for offset, data in self._pieces:
+            self._write(self._file, offset, memoryview(data))
+        os.fsync(self._file)
+
+    def close(self) -> None:
+        """Close the file, finished or not."""
+        os.close(self._file)
+        if self._direct is not None:
+            os.close(self._direct)
+
+    def _write(self, file: int, offset: int, data: memoryview) -> None:
+        while len(data):
+            try:
+                # What does not begin with a page is left by a disk that is full, as the next call will say.
+                done = os.pwrite(self._file if self._refused or offset % ALIGNMENT else file, data, offset)
+            except OSError as error:
+                if file != self._direct or self._refused or error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+                    raise
+                self._refused = True  # this file system says only now that it cannot
+                continue
+            offset, data = offset + done, data[done:]
+
+
+class Region:
+    """Where one thread writes in a `DirectFile`: it gathers bytes in a buffer and sends them when that is full."""
+
+    def __init__(self, file: DirectFile, start: int, buffer: memoryview) -> None:
+        self._file, self._buffer = file, buffer
+        self._begun = self._filled = start % ALIGNMENT
+        self._base = start - self._begun  # offset of the buffer in the file
+
+    def write(self, data: memoryview) -> None:
         """Take the next bytes."""
-        data = memoryview(data)
         while len(data):
             count = min(len(data), SIZE - self._filled)
             self._buffer[self._filled : self._filled + count] = data[:count]
             self._filled += count
             data = data[count:]
             if self._filled == SIZE:
-                self._disk.finish()
-                self._disk.give("disk", self._send, self._buffer, 0, SIZE)
-                self._buffer, self._other = self._other, self._buffer
-                self._filled = 0
+                self.send()
 
-    def finish(self) -> None:
-        """Write what is left, and wait until all is on the disk."""
-        self._disk.finish()
-        whole = self._filled // ALIGNMENT * ALIGNMENT
-        self._send(self._buffer, 0, whole)
-        self._set_direct(False)
-        self._send(self._buffer, whole, self._filled)
-        os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        """Close the file, finished or not."""
-        self._disk.close()
-        self._file.close()
-
-    def _send(self, buffer: memoryview, start: int, end: int) -> None:
-        while start < end:
-            try:
-                start += self._file.write(buffer[start:end])
-            except OSError as error:
-                if not self._direct or error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
-                    raise
-                self._set_direct(False)  # this file system says only now that it cannot
-            if start % ALIGNMENT:
-                self._set_direct(False)  # the disk is full, as the next call will say
-
-    def _set_direct(self, direct: bool) -> None:
-        if direct == self._direct or not O_DIRECT:
-            return
-        flags = fcntl.fcntl(self._file, fcntl.F_GETFL) & ~O_DIRECT
-        try:
-            fcntl.fcntl(self._file, fcntl.F_SETFL, flags | O_DIRECT if direct else flags)
-        except OSError:
-            if not direct:
-                raise
-            return  # a file system that cannot
-        self._direct = direct
+    def send(self) -> None:
+        """Put what has been gathered into the file."""
+        self._file.put(self._base + self._begun, self._buffer[self._begun : self._filled])
+        self._base += self._filled
+        self._begun = self._filled = 0

@@ -74,7 +74,7 @@ class ErrorMeter:
     def _add_block(self, old: torch.Tensor, new: torch.Tensor) -> None:
         error = new - old  # of a value and its rounding, which is exact in fp32
         difference, norm = _square_sum(error), _square_sum(old)
-        low, high = map(float, torch.aminmax(error / old))  # either is NaN if any value is
+        low, high = map(float, torch.aminmax(error.div_(old)))  # either is NaN if any value is
         # Almost always that is all: a zero makes a NaN, what vanishes an error of -1, an infinity an infinite sum.
         if not (-1 < low <= high < 1 and math.isfinite(difference) and math.isfinite(norm)):
             finite = old.isfinite()
@@ -82,10 +82,10 @@ class ErrorMeter:
             vanished = (new == 0) & (old != 0)
             self._overflows += int(overflow.sum())
             self._underflows += int(vanished.sum())
-            error.masked_fill_(overflow | ~finite, 0.0)
+            error = (new - old).masked_fill_(overflow | ~finite, 0.0)
             old = old.masked_fill(~finite, 0.0)
-            low, high = map(float, torch.aminmax((error / old).masked_fill_((old == 0) | vanished, 0.0)))
             difference, norm = _square_sum(error), _square_sum(old)
+            low, high = map(float, torch.aminmax(error.div_(old).masked_fill_((old == 0) | vanished, 0.0)))
         self._worst = max(self._worst, -low, high)
         self._difference += difference
         self._norm += norm

@@ -10,16 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fat5convert.direct_file import DirectFile
 from fat5convert.errors import ConvertError
 from fat5convert.formats import SAFETENSORS_DTYPES, TensorInfo
 from fat5convert.hashing import Chunked, tensor_bytes
 from fat5convert.journal import Journal
 from fat5convert.json_files import write_json
-from fat5convert.lanes import Lanes, one_thread
 from fat5convert.precision import ErrorMeter, Form, short_name
+from fat5convert.workers import Task, one_thread_each, share_out
 
 _DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
@@ -104,59 +102,58 @@ def _write_shard(path: Path, items: Sequence[Item], advance: Advance, cached: bo
     # Wide dtypes first: then every tensor of the file is aligned to its own size.
     items = sorted(items, key=lambda item: -item.info.dtype.itemsize)
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    offset = 0
+    offsets, offset = [], 0
     for item in items:
+        offsets.append(offset)
         end = offset + item.info.nbytes
         dtype = _DTYPE_NAMES[item.info.dtype]
         header[item.name] = {"dtype": dtype, "shape": list(item.info.shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    kinds = ("write", "hash", "hash source", "measure")
-    with closing(DirectFile(path, cached)) as file, closing(Lanes(kinds)) as lanes, one_thread():
-        file.write(len(text).to_bytes(8, "little") + text)
+    head = len(text).to_bytes(8, "little") + text
+    with closing(DirectFile(path, cached)) as file, one_thread_each() as threads:
+        with file.region(0) as region:
+            region.write(memoryview(head))
+        starts = [len(head) + start for start in offsets]
         passed = [_Passing(item) for item in items]
-        for tensor in passed:
-            tensor.send(file, lanes, advance)
-        lanes.finish()
+        share_out((p.write(file, start) for p, start in zip(passed, starts, strict=True)), threads, advance)
         file.finish()
     return {tensor.item.name: tensor.facts() for tensor in passed}
 
 
 class _Passing:
-    """One tensor on its way: it is written, hashed and measured in threads beside reading and rounding."""
+    """One tensor on its way from source to file: rounded, hashed and measured as it passes."""
 
     def __init__(self, item: Item) -> None:
         self.item = item
         self._changes = item.form != Form(item.source_info.dtype)
         self._source_digest, self._digest, self._meter = hashlib.sha256(), hashlib.sha256(), ErrorMeter()
 
-    def send(self, file: DirectFile, lanes: Lanes, advance: Advance) -> None:
-        """Read it chunk by chunk, and give each to the lanes."""
+    def write(self, file: DirectFile, start: int) -> Task:
+        """Write it from an offset on, chunk by chunk; gives the bytes of each."""
         item, count = self.item, 0
-        for before in item.source.chunks(item.source_name):
-            count += before.numel()
-            if before.dtype != item.source_info.dtype or count > item.source_info.numel:
-                raise self._changed()
-            after = item.form.apply(before) if self._changes else before
-            data = tensor_bytes(after)
-            lanes.give("write", file.write, data)
-            lanes.give("hash", self._digest.update, data)
-            if self._changes:
-                lanes.give("hash source", self._source_digest.update, tensor_bytes(before))
-                lanes.give("measure", self._measure, before, after)
-            advance(len(data))
+        with file.region(start) as region:
+            for before in item.source.chunks(item.source_name):
+                count += before.numel()
+                if before.dtype != item.source_info.dtype or count > item.source_info.numel:
+                    raise self._changed()
+                after = item.form.apply(before) if self._changes else before
+                data = tensor_bytes(after)
+                region.write(data)
+                self._digest.update(data)
+                if self._changes:
+                    self._source_digest.update(tensor_bytes(before))
+                    self._meter.add(before, item.form.undo(after))
+                yield len(data)
         if count != item.source_info.numel:
             raise self._changed()
 
     def _changed(self) -> ConvertError:
         return ConvertError(f"tensor {self.item.source_name} changed while it was being converted")
 
-    def _measure(self, before: torch.Tensor, after: torch.Tensor) -> None:
-        self._meter.add(before, self.item.form.undo(after))
-
     def facts(self) -> dict[str, Any]:
-        """What is known of it once the lanes have finished."""
+        """What is known of it once it is written."""
         item = self.item
         facts: dict[str, Any] = {
             "source": item.source_name,

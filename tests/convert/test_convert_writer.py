@@ -7,7 +7,7 @@ import signal
 import time
 import weakref
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import nullcontext
 from pathlib import Path
 from types import FrameType
 
@@ -19,12 +19,12 @@ from toy_checkpoints import all_tensors
 
 from fat5convert import convert as convert_module
 from fat5convert.convert import convert
-from fat5convert.direct_file import DirectFile
+from fat5convert.direct_file import Region
 from fat5convert.errors import ConvertError
 from fat5convert.formats import SafetensorsFile, TensorInfo
-from fat5convert.lanes import DEPTH, Lanes, one_thread
 from fat5convert.precision import Form
 from fat5convert.staging import check_space, holds_model, staged
+from fat5convert.workers import MOST, Task, one_thread_each, share_out
 from fat5convert.writer import Item, write_weights
 
 
@@ -82,8 +82,8 @@ def test_written_files_are_read_by_the_safetensors_library(shard_size: int, tmp_
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_few_chunks_at_a_time(dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However slow the disk, no more chunks are read than may wait for it."""
-    alive: set[int] = set()
+    """However slow the disk: each thread reads a chunk when it has written the one before."""
+    alive: set[tuple[str, int]] = set()
     most = 0
 
     class Source:
@@ -91,26 +91,25 @@ def test_a_few_chunks_at_a_time(dtype: torch.dtype, tmp_path: Path, monkeypatch:
             nonlocal most
             for i in range(100):
                 memory = np.zeros(5, dtype=np.float32)
-                weakref.finalize(memory, alive.discard, i)
-                alive.add(i)
+                weakref.finalize(memory, alive.discard, (name, i))
+                alive.add((name, i))
                 most = max(most, len(alive))
                 yield torch.from_numpy(memory)
                 del memory
 
-    write = DirectFile.write
+    write = Region.write
 
-    def slowly(self: DirectFile, data: memoryview) -> None:
+    def slowly(self: Region, data: memoryview) -> None:
         time.sleep(1e-3)
         write(self, data)
 
-    monkeypatch.setattr(DirectFile, "write", slowly)
-    todo = [Item(f"t{i}", Source(), "t", TensorInfo(torch.float32, (500,)), Form(dtype)) for i in range(3)]
+    monkeypatch.setattr(Region, "write", slowly)
+    todo = [Item(f"t{i}", Source(), f"s{i}", TensorInfo(torch.float32, (500,)), Form(dtype)) for i in range(9)]
     counts: list[int] = []
     write_weights(tmp_path, todo, 10**9, counts.append)
-    assert len(counts) == 300
-    assert most <= DEPTH + 3
-    if dtype == torch.float32:  # where what is written are the chunks themselves
-        assert most >= DEPTH
+    assert len(counts) == 900
+    threads = min(torch.get_num_threads() + 1, MOST)
+    assert threads <= most <= 2 * threads  # one that is written, and the next
 
 
 def interrupted(moment: float, folder: Path) -> bool:
@@ -149,21 +148,62 @@ def test_a_signal_at_any_moment_ends_the_writing(times: int, tmp_path: Path) -> 
     assert stopped > times / 10
 
 
-def test_lanes_keep_their_order_and_raise_what_went_wrong() -> None:
-    lanes, seen = Lanes(("slow", "other")), []
+@pytest.mark.parametrize("threads", [1, 2, 7])
+def test_tasks_are_shared_out(threads: int) -> None:
+    at_work, at_once, counts = set[int](), set[int](), list[int]()
+
+    def task(i: int) -> Task:
+        for step in range(5):
+            at_work.add(i)
+            time.sleep(1e-3)
+            at_once.add(len(at_work))
+            if step == 4:
+                at_work.remove(i)
+            yield 100 * i + step
+
+    share_out((task(i) for i in range(20)), threads, counts.append)
+    assert sorted(counts) == [100 * i + step for i in range(20) for step in range(5)]
+    assert max(at_once) == threads
+    share_out([], threads, counts.append)
+    assert len(counts) == 100
+
+
+@pytest.mark.parametrize("culprit", ["task", "advance", "nobody"])
+def test_all_tasks_end_when_one_fails(culprit: str) -> None:
+    """With the step that each is at, before the error is raised; what has not begun does not begin."""
+    steps, closed, told = list[int](), list[int](), list[int]()
+
+    def task(i: int) -> Task:
+        try:
+            for step in range(10):
+                if culprit == "task" and (i, step) == (2, 5):
+                    raise ConvertError("the task")
+                steps.append(i)
+                time.sleep(1e-3)
+                yield 1
+        finally:
+            closed.append(i)
+
+    def advance(count: int) -> None:
+        told.append(count)
+        if culprit == "advance" and len(told) == 12:
+            raise ConvertError("the advance")
+
+    expected = nullcontext() if culprit == "nobody" else pytest.raises(ConvertError, match=f"the {culprit}")
+    with expected:
+        share_out([task(i) for i in range(40)], 3, advance)
+    before = len(steps)
+    assert sorted(closed)[:3] == [0, 1, 2]
+    assert (len(closed) == 40) == (before == 400) == (culprit == "nobody")
+    time.sleep(0.02)
+    assert len(steps) == before, "no thread is left at work"
+
+
+def test_torch_has_its_threads_again() -> None:
     threads = torch.get_num_threads()
-    with closing(lanes), one_thread():
-        for i in range(5 * DEPTH):
-            lanes.give("slow", lambda i=i: (time.sleep(1e-4), seen.append(i)))
-            lanes.give("other", lambda: None)
-        lanes.finish()
-        assert seen == list(range(5 * DEPTH))
-        lanes.give("other", int, "no number")
-        with pytest.raises(ValueError, match="no number"):
-            lanes.finish()
-        lanes.give("slow", time.sleep, 0.05)
-        lanes.give("slow", seen.clear)
-    assert seen, "what had not begun was given up"
+    with one_thread_each() as workers:
+        assert workers == min(threads + 1, MOST)
+        assert torch.get_num_threads() == 1
     assert torch.get_num_threads() == threads
 
 
