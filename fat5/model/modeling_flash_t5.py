@@ -71,7 +71,7 @@ if TYPE_CHECKING:
     from .ops_operator import Operator as Operator
     from .ops_philox import philox as philox
     from .ops_rms_norm import add_rms_norm as add_rms_norm
-    from .ops_rms_norm_kernels import launch_shape as launch_shape
+    from .ops_rms_norm_kernels import block_width as block_width
     from .packed_stack import pack_stack as pack_stack
     from .position_alibi import AlibiPositionBias as AlibiPositionBias
     from .position_bias import build_position_bias as build_position_bias

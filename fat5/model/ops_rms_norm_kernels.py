@@ -18,31 +18,31 @@ WARPS_PER_MULTIPROCESSOR = 32
 """Enough rows in flight to hide the latency of memory (measured on an H200: 16 are too few at some widths)."""
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit
 def forward_kernel(
-    p_hidden, p_branch, p_weight, p_seed, p_out, p_total, p_rstd, rows, eps, dropped, scale,
+    p_hidden, p_branch, p_weight, p_seed, p_out, p_total, p_rstd, eps, dropped, scale,
     D: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
-    """Grid (programs): each takes every `programs`-th row, whole."""
+    """Grid (rows)."""
+    row = tl.program_id(0)
     o_d = tl.arange(0, BLOCK)
     m_d = o_d < D
+    o_row = tl.cast(row, tl.int64) * D + o_d
+    b_total = tl.load(p_hidden + o_row, mask=m_d, other=0.0)
     b_weight = tl.load(p_weight + o_d, mask=m_d, other=0.0)
-    for row in range(tl.program_id(0), rows, tl.num_programs(0)):
-        o_row = tl.cast(row, tl.int64) * D + o_d
-        b_total = tl.load(p_hidden + o_row, mask=m_d, other=0.0)
-        if ADD:
-            b_branch = tl.load(p_branch + o_row, mask=m_d, other=0.0).to(tl.float32)
-            if DROPOUT:
-                b_branch = tl.where(keep_tile(p_seed, row, 0, dropped, BLOCK), b_branch * scale, 0.0)
-            b_sum = b_total.to(tl.float32) + b_branch
-            if p_total.dtype.element_ty == tl.float16:  # T5's residual stream exceeds fp16's range in some checkpoints
-                b_sum = tl.clamp(b_sum, -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL)
-            b_total = b_sum.to(p_total.dtype.element_ty)
-            tl.store(p_total + o_row, b_total, mask=m_d)
-        b_x = b_total.to(tl.float32)
-        rstd = tl.rsqrt(tl.sum(b_x * b_x, axis=0) / D + eps)
-        tl.store(p_rstd + row, rstd)
-        tl.store(p_out + o_row, (b_x * rstd * b_weight.to(tl.float32)).to(p_out.dtype.element_ty), mask=m_d)
+    if ADD:
+        b_branch = tl.load(p_branch + o_row, mask=m_d, other=0.0).to(tl.float32)
+        if DROPOUT:
+            b_branch = tl.where(keep_tile(p_seed, row, 0, dropped, BLOCK), b_branch * scale, 0.0)
+        b_sum = b_total.to(tl.float32) + b_branch
+        if p_total.dtype.element_ty == tl.float16:  # T5's residual stream exceeds fp16's range in some checkpoints
+            b_sum = tl.clamp(b_sum, -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL)
+        b_total = b_sum.to(p_total.dtype.element_ty)
+        tl.store(p_total + o_row, b_total, mask=m_d)
+    b_x = b_total.to(tl.float32)
+    rstd = tl.rsqrt(tl.sum(b_x * b_x, axis=0) / D + eps)
+    tl.store(p_rstd + row, rstd)
+    tl.store(p_out + o_row, (b_x * rstd * b_weight.to(tl.float32)).to(p_out.dtype.element_ty), mask=m_d)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -51,7 +51,8 @@ def backward_kernel(
     D: tl.constexpr, BLOCK: tl.constexpr, RESIDUAL: tl.constexpr, BRANCH: tl.constexpr, CLAMPED: tl.constexpr,
     DROPOUT: tl.constexpr, RECOMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """Grid (programs), rows as forward; row `program` of `p_partial` receives its share of the weight's gradient.
+    """Grid (programs): each takes every `programs`-th row, whole, and writes its share of the weight's gradient into a
+    row of `p_partial`.
 
     With RECOMPUTE `p_out` receives what forward wrote there.
     """
@@ -127,9 +128,10 @@ def launch_forward(
         total = torch.empty(hidden.shape, dtype=torch.promote_types(hidden.dtype, branch.dtype), device=hidden.device)
     rstd = torch.empty(rows, dtype=torch.float32, device=hidden.device)
     if rows:
-        block, warps, programs = launch_shape(width, rows, hidden, 512)
-        forward_kernel[(programs,)](
-            hidden, branch, weight, seed, out, total, rstd, rows, eps, dropped_steps(dropout_p),
+        block = block_width(width)
+        warps = 1 if block <= 512 else max(4, block // 1024)  # measured on an H200
+        forward_kernel[(rows,)](
+            hidden, branch, weight, seed, out, total, rstd, eps, dropped_steps(dropout_p),
             keep_scale(dropout_p), width, block, branch is not None, dropout_p > 0, num_warps=warps,
         )  # fmt: skip
     return out, total, rstd
@@ -171,7 +173,9 @@ def launch_backward(
     out = torch.empty(total.shape if recompute else 0, dtype=out_dtype or weight.dtype, device=device)
     if not rows:
         return dhidden, dbranch, torch.zeros_like(weight), out
-    block, warps, programs = launch_shape(width, rows, total, 256 if width <= 1024 else 1024)
+    block = block_width(width)
+    warps = min(max(block // (256 if width <= 1024 else 1024), 1), 16)
+    programs = min(rows, multiprocessors(total) * max(WARPS_PER_MULTIPROCESSOR // warps, 1))
     partial = torch.empty((programs, width), dtype=torch.float32, device=device)
     clamped = branch_dtype is not None and total.dtype == torch.float16
     backward_kernel[(programs,)](
@@ -184,8 +188,6 @@ def launch_backward(
     return dhidden, dbranch, dweight, out
 
 
-def launch_shape(width: int, rows: int, x: torch.Tensor, warp_width: int) -> tuple[int, int, int]:
-    """Width of a block, warps of a program, each with `warp_width` elements, and programs, a few a multiprocessor."""
-    block = max(triton.next_power_of_2(width), 32)
-    warps = min(max(block // warp_width, 1), 16)
-    return block, warps, min(rows, multiprocessors(x) * max(WARPS_PER_MULTIPROCESSOR // warps, 1))
+def block_width(width: int) -> int:
+    """Width of a block that holds a row."""
+    return max(triton.next_power_of_2(width), 32)
