@@ -7,6 +7,7 @@ import mmap
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 
 SIZE = 8 * 2**20  # bytes sent at once
@@ -26,16 +27,16 @@ class DirectFile:
     """
 
     def __init__(self, path: Path, cached: bool) -> None:
-        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-        self._direct: int | None = None
+        self._file = open(path, "wb", buffering=0)  # noqa: SIM115 (closed by `close`)
+        self._direct: FileIO | None = None
+        self._refused = False
         # What fills no whole page is written when all else is on the disk: in the cache, a page that another thread
         # writes to past it would be of yesterday.
         self._pieces: list[tuple[int, bytes]] = []
         self._spare: list[memoryview] = []  # buffers that no region uses
         if O_DIRECT and not cached:
             with suppress(OSError):  # a file system that cannot
-                self._direct = os.open(path, os.O_WRONLY | O_DIRECT)
-        self._refused = False
+                self._direct = open(path, "r+b", buffering=0, opener=_open_direct)  # noqa: SIM115
 
     @contextmanager
     def region(self, start: int) -> Iterator[Region]:
@@ -49,37 +50,43 @@ class DirectFile:
 
     def put(self, offset: int, data: memoryview) -> None:
         """Write bytes at an offset, or keep what fills no page until the end."""
-        if self._direct is None:
-            self._write(self._file, offset, data)
+        if self._direct is None or self._refused:
+            _write(self._file, offset, data)
             return
         first = min(-offset % ALIGNMENT, len(data))
         last = max(first, (offset + len(data)) // ALIGNMENT * ALIGNMENT - offset)
         self._pieces += [(offset, bytes(data[:first])), (offset + last, bytes(data[last:]))]
-        self._write(self._direct, offset + first, data[first:last])
+        try:
+            _write(self._direct, offset + first, data[first:last])
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+                raise
+            self._refused = True  # this file system, or a disk of larger sectors, says only now that it cannot
+            _write(self._file, offset + first, data[first:last])
 
     def finish(self) -> None:
         """Write what is left, and wait until all is on the disk."""
         for offset, data in self._pieces:
-            self._write(self._file, offset, memoryview(data))
-        os.fsync(self._file)
+            _write(self._file, offset, memoryview(data))
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file, finished or not."""
-        os.close(self._file)
-        if self._direct is not None:
-            os.close(self._direct)
+        try:
+            self._file.close()
+        finally:
+            if self._direct is not None:
+                self._direct.close()
 
-    def _write(self, file: int, offset: int, data: memoryview) -> None:
-        while len(data):
-            try:
-                # What does not begin with a page is left by a disk that is full, as the next call will say.
-                done = os.pwrite(self._file if self._refused or offset % ALIGNMENT else file, data, offset)
-            except OSError as error:
-                if file != self._direct or self._refused or error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
-                    raise
-                self._refused = True  # this file system says only now that it cannot
-                continue
-            offset, data = offset + done, data[done:]
+
+def _open_direct(path: str, flags: int) -> int:
+    return os.open(path, flags | O_DIRECT)
+
+
+def _write(file: FileIO, offset: int, data: memoryview) -> None:
+    while len(data):
+        done = os.pwrite(file.fileno(), data, offset)
+        offset, data = offset + done, data[done:]
 
 
 class Region:

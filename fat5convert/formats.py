@@ -225,7 +225,35 @@ class PickleFile:
 
     def chunks(self, name: str) -> Iterator[torch.Tensor]:
         """Give one tensor bit by bit."""
-        return iter(self._state[name].detach().reshape(-1).split(CHUNK))
+        return chunks_of(self._state[name].detach())
+
+
+def chunks_of(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The values in order, `CHUNK` at a time; of one that is not contiguous no more is copied."""
+    if tensor.is_contiguous() or tensor.numel() <= CHUNK:
+        yield from tensor.reshape(-1).split(CHUNK)
+        return
+    gathered, count = [], 0
+    for values in _pieces_of(tensor):
+        while len(values):
+            gathered.append(values[: CHUNK - count])
+            values = values[CHUNK - count :]
+            count += len(gathered[-1])
+            if count == CHUNK:
+                yield torch.cat(gathered)
+                gathered, count = [], 0
+    if gathered:
+        yield torch.cat(gathered)
+
+
+def _pieces_of(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The values in order, at most `CHUNK` at a time."""
+    rows = CHUNK // max(1, tensor[0].numel())
+    if rows:
+        yield from (part.reshape(-1) for part in tensor.split(rows))
+    else:
+        for row in tensor:
+            yield from _pieces_of(row)
 
 
 def _check_archive(path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import _thread
 import threading
+import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing, contextmanager
 from queue import Empty, SimpleQueue
@@ -40,15 +41,15 @@ def share_out(tasks: Iterable[Task], threads: int, advance: Callable[[int], None
     def work() -> None:
         begun.put(None)  # before `stopped` is read: who is not seen to have begun reads it when it is set
         try:
-            while not stopped:
-                with closing(waiting.get_nowait()) as task:
+            while not stopped and (task := _next(waiting)) is not None:
+                with closing(task):
                     for count in task:
                         events.put(count)
                         if stopped:
                             break
-        except Empty:
             events.put(None)
         except BaseException as error:  # whoever shares out the tasks is to have it
+            stopped.append(True)
             events.put(error)
         finally:
             ended.put(None)
@@ -69,8 +70,26 @@ def share_out(tasks: Iterable[Task], threads: int, advance: Callable[[int], None
                 advance(event)
     finally:
         stopped.append(True)
-        for _ in range(begun.qsize()):
-            ended.get()
+        _wait_for(ended, begun)
+
+
+def _next(waiting: SimpleQueue[Task]) -> Task | None:
+    try:
+        return waiting.get_nowait()
+    except Empty:
+        return None
+
+
+def _wait_for(ended: SimpleQueue[None], begun: SimpleQueue[None]) -> None:
+    """Wait for all threads, even if another signal comes: what they work on is about to be closed and removed."""
+    interruption: BaseException | None = None
+    while ended.qsize() < begun.qsize():
+        try:
+            time.sleep(1e-3)
+        except BaseException as error:
+            interruption = error
+    if interruption is not None:
+        raise interruption
 
 
 @contextmanager
@@ -81,9 +100,9 @@ def one_thread_each() -> Iterator[int]:
     told only where the main thread asks: the number is the whole process's, and others may be at work.
     """
     before = torch.get_num_threads()
-    if threading.current_thread() is threading.main_thread():
-        torch.set_num_threads(1)
     try:
+        if threading.current_thread() is threading.main_thread():
+            torch.set_num_threads(1)
         yield min(before + 1, MOST)
     finally:
         if torch.get_num_threads() != before:

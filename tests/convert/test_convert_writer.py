@@ -2,8 +2,10 @@
 
 import faulthandler
 import json
+import queue
 import random
 import signal
+import threading
 import time
 import weakref
 from collections.abc import Iterator
@@ -21,7 +23,7 @@ from fat5convert import convert as convert_module
 from fat5convert.convert import convert
 from fat5convert.direct_file import Region
 from fat5convert.errors import ConvertError
-from fat5convert.formats import SafetensorsFile, TensorInfo
+from fat5convert.formats import CHUNK, SafetensorsFile, TensorInfo, chunks_of
 from fat5convert.precision import Form
 from fat5convert.staging import check_space, holds_model, staged
 from fat5convert.workers import MOST, Task, one_thread_each, share_out
@@ -199,12 +201,73 @@ def test_all_tasks_end_when_one_fails(culprit: str) -> None:
     assert len(steps) == before, "no thread is left at work"
 
 
+def test_a_task_that_finds_a_queue_empty_has_failed() -> None:
+    def task() -> Task:
+        yield 1
+        raise queue.Empty
+
+    with pytest.raises(queue.Empty):
+        share_out([task()], 2, lambda count: None)
+
+
+def test_a_second_signal_does_not_leave_a_thread_at_work() -> None:
+    at_work, done = threading.Event(), list[int]()
+
+    def slow() -> Task:
+        at_work.set()
+        time.sleep(0.3)
+        done.append(1)
+        yield 1
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, leave)
+
+    def interrupt_twice() -> None:
+        at_work.wait()
+        for _ in range(2):
+            time.sleep(0.05)
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGALRM)
+
+    threading.Thread(target=interrupt_twice).start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            share_out([slow()], 1, lambda count: None)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert done, "the step that had begun was waited for"
+
+
 def test_torch_has_its_threads_again() -> None:
     threads = torch.get_num_threads()
     with one_thread_each() as workers:
         assert workers == min(threads + 1, MOST)
         assert torch.get_num_threads() == 1
     assert torch.get_num_threads() == threads
+
+
+STRIDED = {
+    "transposed": torch.arange(3000 * 300).reshape(3000, 300).T,
+    "one row is too long": torch.arange(3 * 2 * (CHUNK + 5)).reshape(2 * (CHUNK + 5), 3).T,
+    "every other": torch.arange(4 * CHUNK + 7)[::2],
+    "turned": torch.arange(2 * 3 * CHUNK).reshape(64, CHUNK // 32, 3).permute(2, 0, 1),
+    "expanded": torch.arange(CHUNK)[:, None].expand(CHUNK, 3),
+    "small": torch.arange(12).reshape(3, 4).T,
+    "empty": torch.zeros(0, 4).T,
+    "scalar": torch.tensor(3),
+}
+
+
+@pytest.mark.parametrize("name", STRIDED)
+def test_strided_values_of_a_pickle_come_in_the_same_chunks(name: str, tmp_path: Path) -> None:
+    """And without a copy of all of them: several such tensors are read at a time."""
+    tensor = STRIDED[name]
+    found = list(chunks_of(tensor))
+    assert [x.shape for x in found] == [x.shape for x in tensor.reshape(-1).split(CHUNK)]
+    assert torch.equal(torch.cat(found), tensor.reshape(-1))
+    if not tensor.is_contiguous():
+        assert all(x.untyped_storage().nbytes() <= CHUNK * tensor.itemsize for x in found)
 
 
 @pytest.mark.parametrize("change", [torch.zeros(6), torch.zeros(8), torch.zeros(7).half(), torch.zeros(15)])

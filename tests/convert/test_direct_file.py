@@ -140,6 +140,44 @@ def test_a_file_system_that_refuses_when_it_is_written_to(tmp_path, monkeypatch)
     assert (tmp_path / "file").read_bytes() == data
 
 
+def test_two_that_are_refused_at_the_same_time(tmp_path, monkeypatch):
+    both = threading.Barrier(2, timeout=10)
+
+    def refuse(do, file, data, offset):
+        if is_direct(file):
+            both.wait()
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return do(file, data, offset)
+
+    put_on(monkeypatch, refuse)
+    data = random.Random(4).randbytes(2 * SIZE)
+    write(tmp_path / "file", data, [0, SIZE])
+    assert (tmp_path / "file").read_bytes() == data
+
+
+def test_one_that_is_refused_after_a_part(tmp_path, monkeypatch):
+    def refuse(do, file, data, offset):
+        if is_direct(file) and offset % (2 * ALIGNMENT):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return do(file, data[:ALIGNMENT] if is_direct(file) else data, offset)
+
+    put_on(monkeypatch, refuse)
+    data = random.Random(6).randbytes(SIZE + 3 * ALIGNMENT)
+    write(tmp_path / "file", data, [0, 2 * ALIGNMENT])
+    assert (tmp_path / "file").read_bytes() == data
+
+
+def test_what_comes_after_closing_goes_nowhere(tmp_path):
+    """A thread that is still at it must not write into whatever was opened next."""
+    file = DirectFile(tmp_path / "file", cached=False)
+    file.close()
+    with open(tmp_path / "other", "wb") as other:
+        with pytest.raises(ValueError, match="closed file"), file.region(0) as region:
+            region.write(memoryview(bytes(SIZE)))
+        assert other.tell() == 0
+    assert (tmp_path / "other").stat().st_size == 0
+
+
 def test_a_file_system_that_refuses_at_once(tmp_path, monkeypatch):
     def refuse(path, flags, *args, do=os.open):
         if flags & O_DIRECT:
