@@ -51,8 +51,8 @@ ENCODE = {"base-512": ("base", 64, 512), "xl-512": ("xl", 8, 512), "base-8192": 
 PADDING = {  # model, rows, inputs, targets; 0 targets for the encoder alone
     "encode-base": ("base", 512, 512, 0),
     "encode-large": ("large", 256, 512, 0),
-    "train-base": ("base", 256, 512, 256),
-    "train-large": ("large", 128, 512, 256),
+    "train-base": ("base", 512, 512, 256),
+    "train-large": ("large", 224, 512, 256),
 }
 OPTIONS = {
     "feed_forward_proj": "gated-gelu",
