@@ -90,7 +90,9 @@ def reference_add_rms_norm(
     normed = _normalise(hidden_states, eps)
     if out_dtype in (torch.float16, torch.bfloat16):
         normed = normed.to(out_dtype)
-    return (weight.to(normed.dtype) * normed).to(out_dtype), hidden_states
+    weight = weight.to(normed.dtype)
+    normed = weight * normed if torch.is_grad_enabled() else normed.mul_(weight)  # in place: see `_activate`
+    return normed.to(out_dtype), hidden_states
 
 
 def _add_rms_norm_of_few(

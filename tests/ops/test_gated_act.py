@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 from layer_oracle import OPCHECKS, check, poison
+from transformers.activations import ACT2FN
 
 from fat5.model import ops_gated_act
-from fat5.model.ops_gated_act import gated_act
+from fat5.model.ops_gated_act import ACTIVATIONS, gated_act, reference_gated_act
 from fat5.model.ops_philox import elementwise_dropout
 
 FORMULAS = {
@@ -42,6 +43,24 @@ def test_activations_and_forms(device, act, form, dtype):
     else:
         joined = torch.cat([x, up], dim=-1)
         check(lambda t: [gated_act(t[0], act)], lambda t: formula(act, *t[0].chunk(2, -1)), [joined])
+
+
+@pytest.mark.parametrize("act", list(FORMULAS))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_in_plain_torch_the_same_bits_with_gradients_or_without(act, dtype):
+    """As `transformers` rounds, whose activations are the oracle; the arguments stay as they are."""
+    joined = (3 * torch.randn(5, 2 * 77)).to(dtype)
+    joined[0, :6] = torch.tensor([0.0, -0.0, 1e4, -1e4, torch.inf, torch.nan])
+    x, up = joined.chunk(2, -1)
+    before = joined.clone()
+    for first, second in ((joined, None), (x, up), (x.contiguous(), up.contiguous()), (x[:, :1].expand(5, 77), up)):
+        with_gradients = reference_gated_act(first, second, ACTIVATIONS[act], True, 0.0, None)
+        with torch.no_grad():
+            without = reference_gated_act(first, second, ACTIVATIONS[act], True, 0.0, None)
+        expected = ACT2FN[act](first if second is not None else x) * up
+        for found in (with_gradients, without):
+            torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(joined, before, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("width", [1, 64, 2049])
