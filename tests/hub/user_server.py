@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import transformers
 from fork_server import serve
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, Trainer, TrainingArguments
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 
 EVERY = {"save_strategy": "steps", "save_steps": 1, "hub_strategy": "every_save", "hub_always_push": True}
 IDS = torch.arange(3, 27).view(2, 12)
@@ -112,6 +112,14 @@ def train_and_push(repo: str, target: str, file: str, folder: str) -> None:
 def train_pushing_every_save(repo: str, target: str, file: str, folder: str) -> None:
     """A push after each checkpoint, and no other: as if the run had been killed before its last."""
     training = trainer(load(repo), folder, target, repo, **EVERY)
+
+    class Waits(TrainerCallback):
+        """A push reads the folder when its turn comes: by then a slow machine may have the next checkpoint in it."""
+
+        def on_step_begin(self, *_, **__):
+            training._finish_current_push()
+
+    training.add_callback(Waits())
     training.train()
     training._finish_current_push()
     keep(training.model, file)
