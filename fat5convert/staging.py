@@ -53,7 +53,9 @@ def staged(out: Path, overwrite: bool, replaceable: Callable[[Path], bool], *, r
         put_in_place(staging, out, replaced)
         published = True
     except OSError as error:
-        raise ConvertError(f"{error.filename or out}: {_reason(error)}") from error
+        # A copy that finds no room is told by the name of what it copies.
+        where = out if error.errno == errno.ENOSPC else error.filename or out
+        raise ConvertError(f"{where}: {_reason(error)}") from error
     finally:
         if not published:
             shutil.rmtree(staging, ignore_errors=True)
@@ -106,7 +108,7 @@ def check_space(out: Path, needed: int) -> None:
     usage = shutil.disk_usage(folder)
     free = usage.free + left
     if usage.total and free < needed:  # without a size it is no disk, as /proc is none, and cannot be written at all
-        raise ConvertError(f"{out}: needs {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free")
+        raise ConvertError(f"{out}: needs {needed / 1e9:.3f} GB, the disk has {free / 1e9:.3f} GB free")
 
 
 def clear(folder: Path) -> None:

@@ -325,6 +325,16 @@ def test_the_old_folder_survives_a_failed_swap(tmp_path: Path, monkeypatch: pyte
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "config.json"]
 
 
+def test_a_copy_that_finds_no_room_is_told_by_the_name_of_the_output(tmp_path: Path) -> None:
+    full = OSError(28, "No space left on device", "source/spiece.model")
+    with (
+        pytest.raises(ConvertError, match=r"^\S+/out: no space left on the disk$"),
+        staged(tmp_path / "out", False, holds_model("flash_t5")),
+    ):
+        raise full
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_out_that_appears_meanwhile_is_kept(tmp_path: Path) -> None:
     out = tmp_path / "out"
 
