@@ -108,7 +108,10 @@ def _require_fat5(options: ModelOptions) -> None:
     except (OSError, ValueError, HFValidationError) as error:
         message = f"model.path {options.path} is no model's folder or Hub id: {str(error).rstrip('.')}. "
         raise TrainingError(message + advice) from error
-    kind = config.get("model_type", "of no stated type")
+    kind = config.get("model_type")
+    if kind is None:
+        message = f"model.path {options.path} is not a FAT5 checkpoint: no config.json there that names a model_type"
+        raise TrainingError(f"{message} (a relative path begins in the current folder). {advice}")
     if kind != FlashT5Config.model_type:
         advice = "and no T5 that `fat5convert` makes one of"
         if kind in ("t5", "mt5", "umt5"):

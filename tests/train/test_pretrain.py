@@ -292,6 +292,7 @@ def test_it_works_without_datasets(toy, tmp_path):
     [
         ({"model__path": "{stock}"}, "is not a FAT5 checkpoint (its model_type is t5); run `fat5convert"),
         ({"output__folder": "/proc/out"}, "/proc/out: No such file or directory (output.folder is /proc/out"),
+        ({"model__path": "{stock}/.."}, "no config.json there that names a model_type (a relative path begins in the"),
         ({"model__path": "{stock}/absent"}, "absent is no model's folder or Hub id"),
         ({"data__train": "[{files: [absent-*.txt]}]"}, "absent-*.txt"),
         ({"data__train": "[{files: [absent.txt], streaming: true}]"}, "no file matches absent.txt"),
