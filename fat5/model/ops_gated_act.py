@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from .ops_attention import kernels_serve
 from .ops_attention_checks import DTYPES
-from .ops_operator import is_launch_bound, is_transformed, operator
+from .ops_operator import is_launch_bound, is_transformed, may_work_in_place, operator
 from .ops_philox import draw_seed, elementwise_dropout
 
 try:
@@ -77,7 +77,7 @@ def reference_gated_act(
         x, up = x.chunk(2, dim=-1)
     y = _activate(x, act)
     if up is not None:
-        y = y * up if torch.is_grad_enabled() or y.dtype != up.dtype else y.mul_(up)
+        y = y.mul_(up) if may_work_in_place(y) else y * up
     return elementwise_dropout(y, dropout_p, seed) if seed is not None and dropout_p > 0 else y
 
 
@@ -91,9 +91,9 @@ def _gated_act_of_few(x: torch.Tensor, up: torch.Tensor | None, act: int, gated:
 
 def _activate(x: torch.Tensor, act: int) -> torch.Tensor:
     if act == 0:  # step by step as `gelu_new` of transformers, so that T5 rounds as stock T5 does
-        if torch.is_grad_enabled():
+        if not may_work_in_place(x):
             return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0))))
-        inner = torch.pow(x, 3.0).mul_(0.044715).add_(x)  # in place: on a CPU new memory takes longer than the sums
+        inner = torch.pow(x, 3.0).mul_(0.044715).add_(x)
         return (0.5 * x).mul_(inner.mul_(math.sqrt(2.0 / math.pi)).tanh_().add_(1.0))
     if act == 1:
         return F.gelu(x)

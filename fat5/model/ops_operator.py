@@ -100,6 +100,14 @@ def is_watched() -> bool:
     return torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def may_work_in_place(x: torch.Tensor) -> bool:
+    """Whether plain torch may write into what it has made itself: no gradients, and no dtype or batch of another's.
+
+    On a CPU new memory takes longer than the arithmetic in it.
+    """
+    return not torch.is_grad_enabled() and not is_watched() and not torch.is_autocast_enabled(x.device.type)
+
+
 def is_transformed() -> bool:
     """Whether a `torch.func` transform or forward-mode differentiation is on, which take plain torch alone.
 

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from .ops_attention import kernels_serve
 from .ops_attention_checks import DTYPES
-from .ops_operator import is_launch_bound, is_transformed, operator
+from .ops_operator import is_launch_bound, is_transformed, may_work_in_place, operator
 from .ops_philox import draw_seed, elementwise_dropout
 
 try:
@@ -91,7 +91,7 @@ def reference_add_rms_norm(
     if out_dtype in (torch.float16, torch.bfloat16):
         normed = normed.to(out_dtype)
     weight = weight.to(normed.dtype)
-    normed = weight * normed if torch.is_grad_enabled() else normed.mul_(weight)  # in place: see `_activate`
+    normed = normed.mul_(weight) if may_work_in_place(normed) else weight * normed
     return normed.to(out_dtype), hidden_states
 
 

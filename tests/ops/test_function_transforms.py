@@ -50,3 +50,17 @@ def test_gated_linear(device):
             lambda x: (x @ gate.double().T).relu() * (x @ up.double().T), (x.double(),), (tangent.double(),)
         )[1]
     torch.testing.assert_close(got.double(), exact, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_one_batched_argument_beside_shared_ones(gradients, device):
+    """As an ensemble that differs in one weight has it."""
+    x, weights, ups = (torch.randn(shape, device=device) for shape in ((4, 8), (3, 8), (3, 4, 8)))
+    for run, batch in (
+        (lambda weight: add_rms_norm(x, None, weight, 1e-6)[0], weights),
+        (lambda up: gated_act(x, "relu", up=up), ups),
+        (lambda up: gated_act(x, "gelu_new", up=up), ups),
+    ):
+        with torch.set_grad_enabled(gradients):
+            found = torch.func.vmap(run)(batch)
+        torch.testing.assert_close(found, torch.stack([run(one) for one in batch]), rtol=1e-5, atol=1e-5)
