@@ -83,9 +83,11 @@ def _next(waiting: SimpleQueue[Task]) -> Task | None:
 def _wait_for(ended: SimpleQueue[None], begun: SimpleQueue[None]) -> None:
     """Wait for all threads, even if another signal comes: what they work on is about to be closed and removed."""
     interruption: BaseException | None = None
-    while ended.qsize() < begun.qsize():
+    while True:
         try:
-            time.sleep(1e-3)
+            while ended.qsize() < begun.qsize():
+                time.sleep(1e-3)
+            break
         except BaseException as error:
             interruption = error
     if interruption is not None:
