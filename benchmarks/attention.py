@@ -28,7 +28,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from fat5.model.ops_attention import INTERPRETED, attention
 from fat5.model.ops_attention_bias import T5Bias, bias_line, expand_table
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "ops"))
+TESTS = Path(__file__).parents[1] / "tests"
+sys.path[:0] = [str(TESTS), str(TESTS / "ops")]
 if INTERPRETED:
     from triton_interpreter import mend
 

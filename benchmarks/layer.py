@@ -36,7 +36,7 @@ except ImportError:
     LigerRMSNormFunction = LigerFusedLinearCrossEntropyFunction = None
 
 if INTERPRETED:
-    sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "ops"))
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
     from triton_interpreter import mend
 
     mend()
