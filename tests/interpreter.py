@@ -10,7 +10,6 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -35,27 +34,12 @@ def run_interpreted(file: str, marker: str = "not slow") -> None:
     assert " passed" in result.stdout
 
 
-def _index_of_one_element(self) -> int:
-    return int(np.asarray(self.handle.data).item())
-
-
-def _let_numpy_2_4_bound_loops() -> None:
-    """Triton 3.6's interpreter takes `int()` of arrays of one element as loop bounds, which numpy 2.4 refuses."""
-    from triton.runtime import interpreter
-
-    patch = interpreter._patch_lang_tensor
-
-    def patch_and_index(tensor, scope):
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", _index_of_one_element)
-
-    interpreter._patch_lang_tensor = patch_and_index
-
-
 LAYER_KERNELS = (
     "fused_linear",
     "lm_head_flash_t5",
     "ops_cross_entropy",
+    "ops_decode_attention",
+    "ops_few_rows_linear",
     "ops_gated_act",
     "ops_gated_linear",
     "ops_linear_cross_entropy",
@@ -72,5 +56,7 @@ def serve_layers(serve: bool) -> None:
 
 
 if INTERPRETED:
-    _let_numpy_2_4_bound_loops()
+    from triton_interpreter import mend
+
+    mend()
     serve_layers(False)

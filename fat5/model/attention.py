@@ -12,8 +12,9 @@ from .attention_mask import AttentionMask
 from .configuration_flash_t5 import FlashT5Config
 from .flash_attention import FLASH_ATTENTION, flash_attention
 from .fused_attention import fused_attention
-from .fused_linear import project
+from .fused_linear import linear, project
 from .norm_flash_t5 import NormedSum
+from .ops_decode_attention import decode_attention, decode_attention_serves
 from .ops_operator import is_watched
 from .position_alibi import AlibiPositionBias
 from .position_bias import build_position_bias, kernel_bias
@@ -133,11 +134,14 @@ class FlashT5Attention(nn.Module):
         else:
             if bias is None:
                 bias = mask.additive(self._dense_bias(mask), query.dtype)
-            attention = ATTENTION_FUNCTIONS["eager" if output_attentions else mask.implementation]
-            output, weights = attention(query, key, value, bias, self.scale, dropout)
-            if mask.visible is not None:
-                output = torch.where(mask.visible.to(output.device), output, 0.0)
-        output = self.o(output.transpose(1, 2).flatten(2))
+            implementation = "eager" if output_attentions else mask.implementation
+            if implementation == "fat5" and dropout == 0 and decode_attention_serves(query, key):
+                output = decode_attention(query, key, value, bias, self.scale)
+            else:
+                output, weights = ATTENTION_FUNCTIONS[implementation](query, key, value, bias, self.scale, dropout)
+                if mask.visible is not None:
+                    output = torch.where(mask.visible.to(output.device), output, 0.0)
+        output = linear(self.o, output.transpose(1, 2).flatten(2))
         return output, bias, weights
 
     def _dense_bias(self, mask: AttentionMask) -> torch.Tensor | None:

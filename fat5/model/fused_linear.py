@@ -12,6 +12,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from .norm_flash_t5 import FlashT5LayerNorm, NormedSum
 from .ops_attention import kernels_serve
 from .ops_attention_checks import DTYPES
+from .ops_few_rows_linear import few_rows_linear, few_rows_linear_serves
 from .ops_operator import is_transformed, is_watched
 from .recomputed_linear import side_by_side
 
@@ -49,14 +50,31 @@ def fused_linear(states: torch.Tensor | NormedSum, layers: Sequence[nn.Module]) 
 
 
 def project(states: torch.Tensor | NormedSum, layers: Sequence[nn.Module]) -> list[torch.Tensor]:
-    """The outputs `[..., N]` of linear layers of one width, by one product where `fused_linear` gives it."""
+    """The outputs `[..., N]` of linear layers of one width, by one product where there is one for them."""
     together = fused_linear(states, layers)
     if together is None:
         given = states.states() if isinstance(states, NormedSum) else states
-        return [layer(given) for layer in layers]
+        together = _few_rows(given, layers)
+        if together is None:
+            return [layer(given) for layer in layers]
     if len(layers) == 1:
         return [together]
-    return list(together.chunk(len(layers), -1) if is_watched() else SplitColumns.apply(together, len(layers)))
+    plain = is_watched() or not torch.is_grad_enabled()
+    return list(together.chunk(len(layers), -1) if plain else SplitColumns.apply(together, len(layers)))
+
+
+def linear(layer: nn.Module, states: torch.Tensor) -> torch.Tensor:
+    """The output `[..., N]` of a linear layer, on few rows by the kernel made for them."""
+    output = _few_rows(states, (layer,))
+    return layer(states) if output is None else output
+
+
+def _few_rows(states: torch.Tensor, layers: Sequence[nn.Module]) -> torch.Tensor | None:
+    """What `few_rows_linear` makes of layers that are no more than their weights; None where it does not serve."""
+    if not few_rows_linear_serves(states):
+        return None
+    weights = plain_weights(layers, states.device)
+    return few_rows_linear(states, weights) if weights and weights[0].dtype == states.dtype else None
 
 
 def recomputing_weight(layer: nn.Module, x: torch.Tensor) -> torch.Tensor | None:

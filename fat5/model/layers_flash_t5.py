@@ -9,10 +9,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention import AttentionMask, FlashT5Attention
 from .configuration_flash_t5 import FlashT5Config
-from .fused_linear import fused_linear, is_untouched, plain_weights, project, recomputing_weight
+from .fused_linear import fused_linear, is_untouched, linear, plain_weights, project, recomputing_weight
 from .norm_flash_t5 import FlashT5LayerNorm, NormedSum
 from .ops_gated_act import ACTIVATIONS, gated_act
 from .ops_gated_linear import gated_linear, gated_linear_serves
+from .ops_operator import is_launch_bound
 from .recomputed_linear import gated_act_linear
 
 
@@ -55,9 +56,9 @@ class FlashT5DenseGatedAct(nn.Module):
     def forward(self, states: torch.Tensor, dropout_p: float = 0.0) -> torch.Tensor:
         """`[..., D]` to `[..., F]`."""
         # not in training, where reentrant checkpointing runs a layer without gradients and then once more with them,
-        # nor in a step of decoding, where torch's two products and activation are sooner launched
-        together = not self.training and states.shape[-2] > 1 and self.act_name in ACTIVATIONS
-        if together and gated_linear_serves(states):
+        # nor in a step of decoding outside a graph, where torch's two products and activation are sooner launched
+        together = not self.training and self.act_name in ACTIVATIONS and gated_linear_serves(states)
+        if together and (states.shape[-2] > 1 or not is_launch_bound(states)):
             weights = plain_weights((self.wi_0, self.wi_1), states.device)
             if weights is not None and weights[0].dtype == states.dtype:
                 return gated_linear(states, weights[0], weights[1], self.act_name)
@@ -126,7 +127,7 @@ class FlashT5LayerFF(FlashT5SubLayer):
             inner = self.act(normed.states(), dropout_p)
         if self.wo.weight.dtype == torch.float32 and not torch.is_autocast_enabled(inner.device.type):
             inner = inner.float()  # kept so in a model in fp16, where its output overflows
-        return self.wo(inner)
+        return linear(self.wo, inner)
 
 
 class FlashT5LayerSelfAttention(FlashT5SubLayer):

@@ -61,8 +61,13 @@ if TYPE_CHECKING:
     from .ops_attention_table import line_of_table as line_of_table
     from .ops_cross_entropy import cross_entropy as cross_entropy
     from .ops_cross_entropy_kernels import launch_loss as launch_loss
+    from .ops_decode_attention import decode_attention as decode_attention
+    from .ops_decode_attention_kernels import decode_attention_kernel as decode_attention_kernel
     from .ops_device import multiprocessors as multiprocessors
     from .ops_dropout_tile import keep_tile as keep_tile
+    from .ops_early_launch import wait_for_earlier as wait_for_earlier
+    from .ops_few_rows_linear import few_rows_linear as few_rows_linear
+    from .ops_few_rows_linear_kernels import few_rows_linear_kernel as few_rows_linear_kernel
     from .ops_gated_act import gated_act as gated_act
     from .ops_gated_act_kernels import activate as activate
     from .ops_gated_linear import gated_linear as gated_linear

@@ -15,6 +15,7 @@ from .ops_operator import is_transformed, operator
 try:
     import triton  # noqa: F401  (named here so that the loader of remote code sees a guarded import)
 
+    from .ops_early_launch import launches_early
     from .ops_gated_linear_kernels import gated_linear_config, launch
 except ImportError:
     pass
@@ -61,7 +62,8 @@ def gated_linear_forward(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, 
     """See `gated_linear`."""
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     config = gated_linear_config(rows.shape[0], compute_capability(x))
-    return launch(rows, gate.contiguous(), up.contiguous(), act, config).view(*x.shape[:-1], gate.shape[0])
+    early = launches_early(x, rows.shape[0])
+    return launch(rows, gate.contiguous(), up.contiguous(), act, config, early).view(*x.shape[:-1], gate.shape[0])
 
 
 @gated_linear_forward.register_fake

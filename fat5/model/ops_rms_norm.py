@@ -13,6 +13,7 @@ from .ops_philox import draw_seed, elementwise_dropout
 try:
     import triton  # noqa: F401  (named here so that the loader of remote code sees a guarded import)
 
+    from .ops_early_launch import launches_early
     from .ops_rms_norm_kernels import MAX_WIDTH, launch_backward, launch_forward
 except ImportError:
     MAX_WIDTH = 0
@@ -145,7 +146,8 @@ def rms_norm_forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Normalised rows, their total (empty without a branch) and inverse root mean squares, fp32 `[rows]`."""
     branch = None if branch is None else branch.contiguous()
-    return launch_forward(hidden.contiguous(), branch, weight.contiguous(), eps, dropout_p, seed, out_dtype)
+    early = launches_early(hidden, hidden.numel() // hidden.shape[-1])
+    return launch_forward(hidden.contiguous(), branch, weight.contiguous(), eps, dropout_p, seed, out_dtype, early)
 
 
 @rms_norm_forward.register_fake

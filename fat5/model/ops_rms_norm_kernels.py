@@ -11,6 +11,7 @@ except ImportError as error:  # a guarded import is what the loader of remote co
 
 from .ops_device import multiprocessors
 from .ops_dropout_tile import keep_tile
+from .ops_early_launch import launch_options, wait_for_earlier
 from .ops_philox import dropped_steps, keep_scale
 
 MAX_WIDTH = 16384
@@ -22,12 +23,14 @@ WARPS_PER_MULTIPROCESSOR = 32
 def forward_kernel(
     p_hidden, p_branch, p_weight, p_seed, p_out, p_total, p_rstd, eps, dropped, scale,
     D: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, DROPOUT: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """Grid (rows)."""
     row = tl.program_id(0)
     o_d = tl.arange(0, BLOCK)
     m_d = o_d < D
     o_row = tl.cast(row, tl.int64) * D + o_d
+    wait_for_earlier(EARLY)
     b_total = tl.load(p_hidden + o_row, mask=m_d, other=0.0)
     b_weight = tl.load(p_weight + o_d, mask=m_d, other=0.0)
     if ADD:
@@ -105,6 +108,7 @@ def launch_forward(
     dropout_p: float,
     seed: torch.Tensor | None,
     out_dtype: torch.dtype,
+    early: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Normalised rows, their sums and inverse root mean squares.
 
@@ -116,6 +120,7 @@ def launch_forward(
         dropout_p: probability of dropping an element of `branch`.
         seed: of the dropout, int64 `[1]`.
         out_dtype: of the normalised rows.
+        early: see `ops_early_launch`.
 
     Returns:
         Normalised `[..., D]`; the sum `[..., D]` (empty without a branch); fp32 `[rows]`.
@@ -132,7 +137,8 @@ def launch_forward(
         warps = 1 if block <= 512 else max(4, block // 1024)  # measured on an H200
         forward_kernel[(rows,)](
             hidden, branch, weight, seed, out, total, rstd, eps, dropped_steps(dropout_p),
-            keep_scale(dropout_p), width, block, branch is not None, dropout_p > 0, num_warps=warps,
+            keep_scale(dropout_p), width, block, branch is not None, dropout_p > 0, early, num_warps=warps,
+            **launch_options(early),
         )  # fmt: skip
     return out, total, rstd
 

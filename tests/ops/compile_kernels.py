@@ -3,7 +3,7 @@
     python tests/ops/compile_kernels.py --cover first     # a handful of variants (what the tests run)
     python tests/ops/compile_kernels.py --cover pairs     # every pair of options occurs
     python tests/ops/compile_kernels.py --cover all       # every combination: hours
-    python tests/ops/compile_kernels.py --ops layer       # norm, activation and loss instead of attention
+    python tests/ops/compile_kernels.py --ops layer       # the rest of the layer instead of attention
 
 The launchers run as they are, on tensors of the CPU; only Triton's driver and the launches are replaced, so that what
 is compiled is what would be launched. Prints one JSON object per variant; exits with 1 if a kernel does not compile,

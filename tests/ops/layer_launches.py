@@ -1,14 +1,17 @@
-"""Launches of the kernels of norm, activation and loss, for `compile_kernels.py`: on CPU tensors, never computed."""
+"""Launches of the kernels of the layer and of decoding, for `compile_kernels.py`: on CPU tensors, never computed."""
 
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
 from fat5.model import ops_cross_entropy_kernels as cross_entropy
+from fat5.model import ops_decode_attention_kernels as decode_attention
+from fat5.model import ops_few_rows_linear_kernels as few_rows
 from fat5.model import ops_gated_act_kernels as gated_act
 from fat5.model import ops_gated_linear_kernels as gated_linear
 from fat5.model import ops_rms_norm_kernels as rms_norm
 from fat5.model.ops_cross_entropy import new_rows
+from fat5.model.ops_early_launch import FEW_ROWS
 
 OPTIONS = {
     "norm": {
@@ -28,9 +31,21 @@ OPTIONS = {
     },
     "gated linear": {
         "width": [768, 1000],
-        "rows": [8, 1024, 8192],
+        "rows": [8, 64, 1024, 8192],
         "dtype": ["bfloat16", "float16"],
         "act": [0, 1],
+    },
+    "few rows linear": {
+        "width": [768, 1000, 4096],
+        "rows": [16, 32, 64],
+        "dtype": ["bfloat16", "float16"],
+        "weights": [1, 2, 3],
+    },
+    "decode attention": {
+        "width": [8, 64, 80, 128, 256],
+        "rows": [1, 512],  # few: the keys are shared out
+        "dtype": ["bfloat16", "float16", "float32"],
+        "bias": [False, True],
     },
     "loss": {
         "width": [999, 32128, 250112],
@@ -71,6 +86,10 @@ FIRST = [
     {"capability": 90, "op": "gated linear", "width": 768, "rows": 8192, "dtype": "bfloat16", "act": 0},
     {"capability": 86, "op": "gated linear", "width": 1000, "rows": 8192, "dtype": "float16", "act": 0},
     {"capability": 80, "op": "gated linear", "width": 768, "rows": 8, "dtype": "bfloat16", "act": 0},
+    {"capability": 90, "op": "few rows linear", "width": 768, "rows": 16, "dtype": "bfloat16", "weights": 3},
+    {"capability": 86, "op": "few rows linear", "width": 4096, "rows": 64, "dtype": "bfloat16", "weights": 1},
+    {"capability": 100, "op": "decode attention", "width": 64, "rows": 1, "dtype": "bfloat16", "bias": True},
+    {"capability": 86, "op": "decode attention", "width": 256, "rows": 512, "dtype": "float32", "bias": True},
     {"capability": 90, "op": "loss", "width": 32128, "dtype": "bfloat16", "smoothing": False, "gradient": True},
     {"capability": 80, "op": "loss", "width": 250112, "dtype": "bfloat16", "smoothing": True, "gradient": True},
 ]
@@ -91,12 +110,13 @@ def launch_layer(variant: dict) -> None:
     dtype, width = getattr(torch, variant["dtype"]), variant["width"]
     p = 0.1 if variant.get("dropout") else 0.0
     seed = torch.zeros(1, dtype=torch.int64)
+    early = variant["capability"] >= 90
     x = torch.zeros(8, width, dtype=dtype)
     if variant["op"] == "norm":
         kind, weight = variant["residual"], torch.zeros(width, dtype=dtype)
         hidden = x.float() if kind == "float32" else x
         branch = None if kind == "none" else x
-        _, total, rstd = rms_norm.launch_forward(hidden, branch, weight, 1e-6, p, seed, dtype)
+        _, total, rstd = rms_norm.launch_forward(hidden, branch, weight, 1e-6, p, seed, dtype, early)
         total = hidden if branch is None else total
         rms_norm.launch_backward(
             x, branch, total, weight, rstd, p, seed, hidden.dtype, None if branch is None else dtype,
@@ -109,7 +129,15 @@ def launch_layer(variant: dict) -> None:
     elif variant["op"] == "gated linear":
         weight = torch.zeros(2048, width, dtype=dtype)
         config = gated_linear.gated_linear_config(variant["rows"], variant["capability"])
-        gated_linear.launch(x, weight, weight, variant["act"], config)
+        gated_linear.launch(x, weight, weight, variant["act"], config, early and variant["rows"] <= FEW_ROWS)
+    elif variant["op"] == "few rows linear":
+        weights = [torch.zeros(768, width, dtype=dtype)] * variant["weights"]
+        few_rows.launch(x, weights, few_rows.few_rows_config(variant["rows"], width, variant["capability"]), early)
+    elif variant["op"] == "decode attention":
+        rows = variant["rows"]
+        query, keys = torch.zeros(rows, 4, 1, width, dtype=dtype), torch.zeros(rows, 4, 300, width, dtype=dtype)
+        bias = torch.zeros(1, 4, 1, 300, dtype=dtype) if variant["bias"] else None
+        decode_attention.launch(query, keys, keys, bias, 1.0, early)
     else:
         labels, rows = torch.zeros(8, dtype=torch.int64), new_rows(x, 8)
         smoothing = 0.1 if variant["smoothing"] else 0.0
