@@ -268,6 +268,10 @@ class FlashT5ForConditionalGeneration(FlashT5EncoderDecoder, GenerationMixin):
         packed = ("encoder_segment_ids", "decoder_segment_ids", "encoder_cu_seqlens", "decoder_cu_seqlens")
         if any(kwargs.get(name) is not None for name in packed):
             raise ValueError("`generate` continues one sequence per row: give it unpacked inputs, without segments.")
+        if len(args) == 1 and kwargs.get("next_sequence_length") is not None and _is_plain_step(args[0], kwargs):
+            # as below, without what must be asked for other models, which takes as long as a layer of the decoder
+            length = kwargs.pop("next_sequence_length")
+            return {"decoder_input_ids": args[0][:, -length:].clone(memory_format=torch.contiguous_format), **kwargs}
         prepare: Any = GenerationMixin.prepare_inputs_for_generation  # its `self` is annotated with a protocol
         inputs = prepare(self, *args, **kwargs)
         inputs.pop("cache_position", None)  # transformers 4 passes it; the cache knows
@@ -296,6 +300,15 @@ class FlashT5ForConditionalGeneration(FlashT5EncoderDecoder, GenerationMixin):
         if isinstance(cache, EncoderDecoderCache):
             cache = cache.self_attention_cache
         return F.pad(attention_mask, (0, static_length(cache) - attention_mask.shape[1]), value=1)
+
+
+def _is_plain_step(input_ids: torch.Tensor, given: dict[str, Any]) -> bool:
+    """Whether `generate` asks for nothing special in a step, and all that it works on lies on one device."""
+    names = {"next_sequence_length", "past_key_values", "encoder_outputs", "use_cache"}
+    if given.keys() - {"attention_mask"} != names or given["encoder_outputs"] is None:
+        return False
+    states, mask = given["encoder_outputs"][0], given.get("attention_mask")
+    return states.device == input_ids.device and (mask is None or mask.device == input_ids.device)
 
 
 # `generate` asks for the arguments of the forward pass at every token; to read them anew takes longer than to run a

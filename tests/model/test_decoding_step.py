@@ -1,8 +1,11 @@
 """What a step of decoding does otherwise than a long call, because launching it costs more than running it."""
 
+import inspect
+
 import pytest
 import torch
 from model_parity import batch, build_pair, relative_error
+from transformers import GenerationMixin
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from fat5.model import ops_gated_act, ops_rms_norm
@@ -108,3 +111,30 @@ def test_a_model_can_train_on_single_tokens_after_generating_in_inference_mode()
     flash.train()
     flash(input_ids=inputs["input_ids"], labels=inputs["labels"][:, :1].clamp(min=0)).loss.backward()
     assert all(parameter.grad.isfinite().all() for parameter in flash.parameters())
+
+
+@pytest.mark.skipif(
+    "next_sequence_length" not in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters,
+    reason="transformers 4 names other things in a step",
+)
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("special", [{}, {"decoder_attention_mask": torch.ones(3, 4)}, {"output_attentions": True}])
+def test_inputs_of_a_step_are_those_of_other_models(special, masked):
+    _, flash = build_pair("t5_v1_1")
+    inputs = batch("right", 9, 4, 3)
+    given = {
+        "next_sequence_length": 1,
+        "past_key_values": EncoderDecoderCache(DynamicCache(), DynamicCache()),
+        "encoder_outputs": flash.encoder(inputs["input_ids"]),
+        "use_cache": True,
+        **({"attention_mask": inputs["attention_mask"]} if masked else {}),
+        **special,
+    }
+    expected = GenerationMixin.prepare_inputs_for_generation(flash, inputs["decoder_input_ids"], **given)
+    got = flash.prepare_inputs_for_generation(inputs["decoder_input_ids"], **given)
+    ids, mask = got.pop("decoder_input_ids"), got.get("decoder_attention_mask")
+    assert torch.equal(ids, expected.pop("decoder_input_ids"))
+    assert ids.is_contiguous()
+    assert (mask is None) == ("decoder_attention_mask" not in special)
+    assert got.keys() == expected.keys()
+    assert all(got[name] is expected[name] for name in expected)
