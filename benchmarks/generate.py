@@ -211,7 +211,7 @@ def measure_embedding(arguments: argparse.Namespace, model: str, folder: Path, c
 
 def measurements(arguments: argparse.Namespace, folder: Path) -> Iterator[Callable[[], list[dict]]]:
     """What is to be measured, with what is compiled at the end."""
-    for compiled in (False, True) if arguments.compiled else (False,):
+    for compiled in [False] * arguments.eager + [True] * arguments.compiled:
         for model in arguments.models:
             given = (arguments, model, folder / model, compiled)
             if "generate" in arguments.parts:
@@ -247,9 +247,8 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=128 if ON_GPU else 32)
     parser.add_argument("--embed-rows", type=int, default=64 if ON_GPU else 8)
     parser.add_argument("--embed-length", type=int, default=512 if ON_GPU else 128)
-    parser.add_argument(
-        "--compiled", action=argparse.BooleanOptionalAction, default=ON_GPU, help="and what is compiled"
-    )
+    parser.add_argument("--compiled", action=argparse.BooleanOptionalAction, default=ON_GPU, help="what is compiled")
+    parser.add_argument("--eager", action=argparse.BooleanOptionalAction, default=True, help="what is not compiled")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no new measurement after this time")
     parser.add_argument("--output", type=Path, default=RESULTS)
