@@ -8,9 +8,9 @@ import click
 COMMANDS = {
     "pretrain": "fat5.train.commands:pretrain",
     "recipes": "fat5.train.recipes_command:recipes",
-    "tokenize": "fat5.data.commands:tokenize",
-    "train-tokenizer": "fat5.data.commands:train_tokenizer",
-    "data": "fat5.data.commands:data",
+    "tokenize": "fat5.data_commands:tokenize",
+    "train-tokenizer": "fat5.data_commands:train_tokenizer",
+    "data": "fat5.data_commands:data",
 }
 
 

@@ -1,6 +1,7 @@
 """The command `fat5convert`: each function parses, calls and prints.
 
-Exit codes: 0 done, 1 the work failed, 2 wrong usage, 3 verification found a difference.
+Exit codes: 0 done, 1 the work failed, 2 wrong usage, 3 verification found a difference. What is heavy to import is
+imported when a command runs, so that --help is quick.
 """
 
 from __future__ import annotations
@@ -9,24 +10,21 @@ import json
 import re
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from tqdm import tqdm
 
 from fat5convert.console import one_message, size
-from fat5convert.convert import DEFAULT_SHARD_SIZE, Plan, plan_conversion
-from fat5convert.convert import convert as convert_model
 from fat5convert.errors import ConvertError, DifferenceError, some
-from fat5convert.export import export as export_model
 from fat5convert.families import family_table
-from fat5convert.inspection import inspect_model
 from fat5convert.json_files import write_json
-from fat5convert.precision import POLICIES
+from fat5convert.options import DEFAULT_SHARD_SIZE, DTYPES
 from fat5convert.publish.command import push
-from fat5convert.rescaling import Rescaling
-from fat5convert.verify import verify as verify_model
-from fat5convert.writer import Advance
+
+if TYPE_CHECKING:
+    from fat5convert.convert import Plan
+    from fat5convert.writer import Advance
 
 _UNITS = {
     "": 1,
@@ -111,7 +109,7 @@ def main() -> None:
 @main.command()
 @click.argument("model")
 @click.argument("out", type=click.Path())
-@click.option("--dtype", type=click.Choice(list(POLICIES)), default="keep", show_default=True, help=_DTYPE_HELP)
+@click.option("--dtype", type=click.Choice(DTYPES), default="keep", show_default=True, help=_DTYPE_HELP)
 @click.option("--revision", help="branch, tag or commit of a Hub model")
 @_CONFIG
 @click.option("--shard-size", type=Bytes(), default=DEFAULT_SHARD_SIZE, help="most bytes per file  [default: 2GB]")
@@ -132,6 +130,9 @@ def convert(
     quiet: bool,
 ) -> None:
     """Convert MODEL into the folder OUT (the default command)."""
+    from fat5convert.convert import convert as convert_model
+    from fat5convert.convert import plan_conversion
+
     start = time.monotonic()
     with one_message():
         if dry_run:
@@ -165,6 +166,8 @@ def convert(
 @click.option("--json", "as_json", is_flag=True, help="for scripts")
 def inspect(model: str, revision: str | None, config: str | None, as_json: bool) -> None:
     """Say what MODEL is, and what converting it would do."""
+    from fat5convert.inspection import inspect_model
+
     with one_message():
         facts = inspect_model(model, revision, config)
     if as_json:
@@ -192,6 +195,8 @@ def inspect(model: str, revision: str | None, config: str | None, as_json: bool)
 @_QUIET
 def verify(out: str, against: str | None, revision: str | None, config: str | None, quiet: bool) -> None:
     """Check a converted folder: its hashes, and with --against also what it computes."""
+    from fat5convert.verify import verify as verify_model
+
     with one_message():
         parity = verify_model(out, against, revision, config)
         if parity["result"] != "same":
@@ -213,6 +218,8 @@ def verify(out: str, against: str | None, revision: str | None, config: str | No
 @_QUIET
 def export(out: str, t5_dir: str, transformers: str | None, overwrite: bool, quiet: bool) -> None:
     """Write the FAT5 folder OUT as a stock T5 folder T5_DIR."""
+    from fat5convert.export import export as export_model
+
     with one_message():
         exported = export_model(
             out,
@@ -254,6 +261,8 @@ def _bar(total: int, title: str) -> Advance:
 
 def _say_plan(plan: Plan, rounding: dict[str, dict[str, float]]) -> None:
     """The first two lines of the summary: what it was, and what became of its tensors."""
+    from fat5convert.rescaling import Rescaling
+
     recognised, rescaling = plan.recognised, plan.rescaling
     head = f", head {'tied' if recognised.layout.tied else 'untied'}, {'scaled' if recognised.scaled else 'unscaled'}"
     if not recognised.layout.is_language_model:

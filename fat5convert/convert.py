@@ -17,6 +17,7 @@ from fat5convert.formats import TensorInfo
 from fat5convert.hashing import hash_file
 from fat5convert.journal import Journal
 from fat5convert.json_files import write_json
+from fat5convert.options import DEFAULT_SHARD_SIZE
 from fat5convert.precision import POLICIES, Form, is_bfloat16_exact, kept_dtype
 from fat5convert.recognise import Recognised, recognise
 from fat5convert.rescaling import Rescaling, choose_rescaling
@@ -28,7 +29,6 @@ from fat5convert.verify import verify_written
 from fat5convert.writer import Advance, Item, write_weights
 
 CONVERSION_SCHEMA = "fat5-conversion/2"
-DEFAULT_SHARD_SIZE = 2_000_000_000
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,10 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from fat5convert.options import DTYPES
+
 # The policies of --dtype; None keeps every tensor's own dtype. `auto` is one of the two, decided by the values.
-POLICIES: dict[str, torch.dtype | None] = {
-    "keep": None,
-    "auto": None,
-    "bfloat16": torch.bfloat16,
-    "float32": torch.float32,
-    "float16": torch.float16,
-}
+POLICIES: dict[str, torch.dtype | None] = {name: getattr(torch, name, None) for name in DTYPES}
 _BLOCK = 1 << 16  # values whose intermediate results stay in a core's cache
 _SMALL = 1e-24  # sum from which on squares too small for fp32 do not count
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)

@@ -168,3 +168,17 @@ def test_hashing_a_tensor_is_hashing_its_bytes() -> None:
 
     tensor = torch.randn(4, 6)
     assert hash_tensor(tensor.T) == hashlib.sha256(tensor.numpy().T.tobytes()).hexdigest()
+
+
+@pytest.mark.parametrize("module", ["fat5convert.cli", "fat5.cli"])
+def test_help_imports_nothing_heavy(module: str) -> None:
+    code = f"""
+import sys
+from {module} import main
+for command in ([], *([name] for name in main.list_commands(None))):
+    main([*command, "--help"], standalone_mode=False)
+assert not {{"torch", "transformers"}} & sys.modules.keys()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Usage:") > 4

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-import fat5.data.commands
+import fat5.data.setup
 from fat5.cli import main
 from fat5.data.load_tokenizer import load_tokenizer
 from fat5.model import FlashT5Config, FlashT5ForConditionalGeneration
@@ -121,8 +121,8 @@ def test_extending_a_stock_model_asks_for_conversion_first(tmp_path, model_folde
 )
 def test_data_show_prints_examples_and_statistics(tmp_path, corpus, model_folder, monkeypatch, packing, streaming):
     kind = "streamed_batches" if streaming else "training_batches"
-    make, sizes = getattr(fat5.data.commands, kind), {}
-    monkeypatch.setattr(fat5.data.commands, kind, lambda *args, **kw: sizes.update(kw) or make(*args, **kw))
+    make, sizes = getattr(fat5.data.setup, kind), {}
+    monkeypatch.setattr(fat5.data.setup, kind, lambda *args, **kw: sizes.update(kw) or make(*args, **kw))
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         yaml.safe_dump(

@@ -1,26 +1,22 @@
-"""The commands of `fat5` that handle data: `tokenize`, `train-tokenizer`, and `data show`."""
+"""The commands of `fat5` that handle data: `tokenize`, `train-tokenizer`, and `data show`.
+
+What is heavy to import is imported when a command runs, so that --help is quick.
+"""
+
+from __future__ import annotations
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from tqdm import tqdm
-from transformers import PretrainedConfig
 
-from fat5.data.documents import read_documents
-from fat5.data.extend_tokenizer import extend_model, extend_tokenizer
-from fat5.data.load_tokenizer import load_tokenizer
-from fat5.data.options import CorpusOptions
-from fat5.data.setup import open_mixture, open_windows, streamed_batches, training_batches
-from fat5.data.show import describe_examples, describe_statistics
-from fat5.data.special_ids import special_ids
-from fat5.data.statistics import measure_batches
-from fat5.data.token_store import tokenize_corpus
-from fat5.data.train_tokenizer import train_tokenizer as make_tokenizer
+if TYPE_CHECKING:
+    from fat5.data.options import CorpusOptions
 
 
 @contextmanager
@@ -70,6 +66,8 @@ def _corpus(
     streaming: bool,
     replace_invalid: bool,
 ) -> CorpusOptions:
+    from fat5.data.options import CorpusOptions
+
     if dataset and len(source) != 1:
         raise click.UsageError("--dataset takes one SOURCE")
     return CorpusOptions(
@@ -98,6 +96,10 @@ def tokenize(tokenizer: str, cache: Path | None, num_proc: int, sentinels: str, 
     SOURCE are files (text, .jsonl, .parquet; patterns allowed) or, with --dataset, a name for `datasets`. What is
     there already, for the same text, tokenizer and options, is used again.
     """
+    from fat5.data.load_tokenizer import load_tokenizer
+    from fat5.data.special_ids import special_ids
+    from fat5.data.token_store import tokenize_corpus
+
     with _reported():
         options = _corpus(**corpus)
         loaded = load_tokenizer(tokenizer)
@@ -143,6 +145,11 @@ def train_tokenizer(
     The new tokenizer has T5's layout of ids. With --extend, ids that exist stay as they are, and each new embedding row
     is the mean of the rows of the pieces that spelt the new one before.
     """
+    from fat5.data.documents import read_documents
+    from fat5.data.extend_tokenizer import extend_tokenizer
+    from fat5.data.load_tokenizer import load_tokenizer
+    from fat5.data.train_tokenizer import train_tokenizer as make_tokenizer
+
     with _reported():
         if out.exists():
             raise ValueError(f"{out} exists already; choose another folder, or remove it")
@@ -165,6 +172,9 @@ def _extend_weights(path: str, out: Path, rows: int, parts: dict[int, list[int]]
     folder = Path(path)
     if folder.is_dir() and not (folder / "config.json").exists():
         return False
+    from transformers import PretrainedConfig
+
+    from fat5.data.extend_tokenizer import extend_model
     from fat5.model.modeling_flash_t5 import FlashT5ForConditionalGeneration
 
     config, _ = PretrainedConfig.get_config_dict(path)
@@ -191,6 +201,12 @@ def data() -> None:
 @click.option("--batches", type=click.IntRange(1), default=1000, show_default=True, help="Batches for the statistics.")
 def show(recipe: Path, changes: tuple[str, ...], examples: int, batches: int) -> None:
     """Print decoded examples of every denoiser of RECIPE, and statistics of its first batches."""
+    from transformers import PretrainedConfig
+
+    from fat5.data.load_tokenizer import load_tokenizer
+    from fat5.data.setup import open_mixture, open_windows, streamed_batches, training_batches
+    from fat5.data.show import describe_examples, describe_statistics
+    from fat5.data.statistics import measure_batches
     from fat5.train.recipe import load_recipe
 
     with _reported():
