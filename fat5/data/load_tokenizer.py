@@ -23,4 +23,6 @@ def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenize
         config = FlashT5Config.from_dict(raw) if raw.get("model_type") == FlashT5Config.model_type else None
         return AutoTokenizer.from_pretrained(path, revision=revision, config=config)
     except (OSError, ValueError) as error:
+        if isinstance(error, HFValidationError) or isinstance(error.__cause__, HFValidationError):
+            raise DataError(f"{path}: no such folder, and no valid Hub id") from error
         raise DataError(f"{path} has no tokenizer that loads: {error}") from error

@@ -59,7 +59,8 @@ def test_tokenize_writes_once_and_then_finds(tmp_path, corpus, model_folder):
 def test_tokenize_reports_what_is_wrong(tmp_path, corpus, model_folder):
     for arguments, message in (
         ((tmp_path / "none.txt", "--tokenizer", model_folder), "no file matches"),
-        ((corpus, "--tokenizer", tmp_path / "nowhere"), "has no tokenizer that loads"),
+        ((corpus, "--tokenizer", tmp_path / "nowhere"), "nowhere: no such folder"),
+        ((corpus, "--tokenizer", tmp_path), "has no tokenizer that loads"),
         ((corpus, "--tokenizer", model_folder, "--field", "body"), "no field 'body'"),
         ((corpus, "--tokenizer", model_folder, "--sentinels", "mt5"), "too few for the sentinels of mt5"),
     ):
