@@ -28,7 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from fat5.model import ops_attention_backward, ops_attention_forward
+from fat5.model import ops_attention_backward, ops_attention_forward, ops_decode_attention_kernels
 from fat5.model.ops_attention_bias import ALIBI_BIAS, DENSE_BIAS, T5_BIAS, BiasArgs, bias_line
 from fat5.model.ops_attention_problem import Problem
 from fat5.model.ops_attention_table import line_of_table, table_gradient
@@ -130,6 +130,7 @@ def compile_variant(variant: dict, launch: Callable[[dict], None]) -> list[dict]
 
     torch.cuda.get_device_properties = lambda device: SimpleNamespace(multi_processor_count=132)
     driver.set_active(AbsentGPU(variant["capability"]))
+    ops_decode_attention_kernels.multiprocessors = lambda x: 132
     ops_attention_forward.compute_capability = ops_attention_backward.compute_capability = lambda x: variant[
         "capability"
     ]
