@@ -268,7 +268,7 @@ class FlashT5ForConditionalGeneration(FlashT5EncoderDecoder, GenerationMixin):
         packed = ("encoder_segment_ids", "decoder_segment_ids", "encoder_cu_seqlens", "decoder_cu_seqlens")
         if any(kwargs.get(name) is not None for name in packed):
             raise ValueError("`generate` continues one sequence per row: give it unpacked inputs, without segments.")
-        if len(args) == 1 and kwargs.get("next_sequence_length") is not None and _is_plain_step(args[0], kwargs):
+        if len(args) == 1 and kwargs.get("next_sequence_length") is not None and self._is_plain_step(args[0], kwargs):
             # as below, without what must be asked for other models, which takes as long as a layer of the decoder
             length = kwargs.pop("next_sequence_length")
             return {"decoder_input_ids": args[0][:, -length:].clone(memory_format=torch.contiguous_format), **kwargs}
@@ -276,6 +276,14 @@ class FlashT5ForConditionalGeneration(FlashT5EncoderDecoder, GenerationMixin):
         inputs = prepare(self, *args, **kwargs)
         inputs.pop("cache_position", None)  # transformers 4 passes it; the cache knows
         return inputs
+
+    def _is_plain_step(self, input_ids: torch.Tensor, given: dict[str, Any]) -> bool:
+        """Whether `generate` asks for nothing special in a step, and all that it works on lies where the model does."""
+        names = {"next_sequence_length", "past_key_values", "encoder_outputs", "use_cache"}
+        if given.keys() - {"attention_mask"} != names or given["encoder_outputs"] is None:
+            return False
+        device, tensors = self.device, (input_ids, given["encoder_outputs"][0], given.get("attention_mask"))
+        return all(x is None or x.device == device for x in tensors)
 
     @staticmethod
     def _reorder_cache(past_key_values: EncoderDecoderCache, beam_idx: torch.LongTensor) -> EncoderDecoderCache:
@@ -300,15 +308,6 @@ class FlashT5ForConditionalGeneration(FlashT5EncoderDecoder, GenerationMixin):
         if isinstance(cache, EncoderDecoderCache):
             cache = cache.self_attention_cache
         return F.pad(attention_mask, (0, static_length(cache) - attention_mask.shape[1]), value=1)
-
-
-def _is_plain_step(input_ids: torch.Tensor, given: dict[str, Any]) -> bool:
-    """Whether `generate` asks for nothing special in a step, and all that it works on lies on one device."""
-    names = {"next_sequence_length", "past_key_values", "encoder_outputs", "use_cache"}
-    if given.keys() - {"attention_mask"} != names or given["encoder_outputs"] is None:
-        return False
-    states, mask = given["encoder_outputs"][0], given.get("attention_mask")
-    return states.device == input_ids.device and (mask is None or mask.device == input_ids.device)
 
 
 # `generate` asks for the arguments of the forward pass at every token; to read them anew takes longer than to run a
