@@ -50,7 +50,7 @@ def decode_attention(
     tensors = (key, value) if bias is None else (key, value, bias)
     if any(x.dtype != query.dtype for x in tensors):
         raise ValueError(f"all must have the query's dtype {query.dtype}: got {[x.dtype for x in tensors]}")
-    if decode_attention_serves(query, key):
+    if decode_attention_serves(query, key, bias):
         return decode_attention_forward(query, key, value, bias, scale).transpose(1, 2)
     output = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
     if bias is None:
@@ -59,15 +59,20 @@ def decode_attention(
     return torch.where(hidden, 0.0, output)
 
 
-def decode_attention_serves(query: torch.Tensor, key: torch.Tensor) -> bool:
+def decode_attention_serves(query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor | None) -> bool:
     """Whether the kernel takes such queries now and is worth its launch: a single one a row, few keys, no gradients,
     in a graph.
 
-    Launched one by one, torch's attention is sooner launched.
+    Launched one by one, torch's attention is sooner launched. It also knows one row of keys for all queries, and other
+    dtypes of keys and bias.
     """
-    if torch.is_grad_enabled() or query.shape[2] != 1 or query.dtype not in DTYPES:
+    if torch.is_grad_enabled() or query.shape[2] != 1 or query.dtype not in DTYPES or query.shape[3] > MAX_HEAD_DIM:
         return False
-    if query.shape[3] > MAX_HEAD_DIM or key.shape[:3].numel() > MAX_KEYS or not kernels_serve(query.device):
+    if not kernels_serve(query.device):  # asked first: an export elsewhere knows no sizes
+        return False
+    if key.dtype != query.dtype or (bias is not None and bias.dtype != query.dtype):
+        return False
+    if key.shape[:2] != query.shape[:2] or key.shape[:3].numel() > MAX_KEYS:
         return False
     return not is_launch_bound(query) and not is_transformed()
 

@@ -131,6 +131,26 @@ def test_adapters_and_hooks_are_called(kernels):
     assert len(set(seen)) == 5 * SHAPE["num_layers"]
 
 
+@needs_kernels
+@torch.no_grad()
+def test_what_the_kernels_do_not_take_is_left_to_torch(kernels):
+    """Layers in another dtype, with the bias that they hand on, and dropout."""
+    calls = kernels(True)
+    model, inputs = build("t5_v1_1", num_decoder_layers=2, dropout_rate=0.5).bfloat16(), inputs_of("none")
+    inputs["decoder_input_ids"] = inputs["decoder_input_ids"][:, :1]
+    expected = logits_of_steps(model, inputs, static=True)
+    served = calls["decode_attention"]
+    layer = model.decoder.block[0].self_attention_layer.self_attention.float()
+    layer.register_forward_pre_hook(lambda module, given: (given[0].float(), *given[1:]))
+    layer.register_forward_hook(lambda module, given, output: (output[0].bfloat16(), *output[1:]))
+    assert relative_error(logits_of_steps(model, inputs, static=True), expected) < 0.05
+    assert fused_linear._few_rows(torch.ones(1, 32, device=DEVICE).half(), (model.lm_head,)) is None
+    calls.update(decode_attention=0)
+    model.decoder.train()
+    logits_of_steps(model, inputs, static=True)
+    assert calls["decode_attention"] == 0 < served
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("family", ["t5", "t5_v1_1", "umt5"])
 @torch.no_grad()

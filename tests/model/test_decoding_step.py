@@ -6,7 +6,7 @@ import pytest
 import torch
 from model_parity import batch, build_pair, relative_error
 from transformers import GenerationMixin
-from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache, StaticCache
 
 from fat5.model import ops_gated_act, ops_rms_norm
 from fat5.model.attention_mask import begin_rows_at_16
@@ -118,23 +118,71 @@ def test_a_model_can_train_on_single_tokens_after_generating_in_inference_mode()
     reason="transformers 4 names other things in a step",
 )
 @pytest.mark.parametrize("masked", [True, False])
-@pytest.mark.parametrize("special", [{}, {"decoder_attention_mask": torch.ones(3, 4)}, {"output_attentions": True}])
-def test_inputs_of_a_step_are_those_of_other_models(special, masked):
+@pytest.mark.parametrize(
+    ("special", "elsewhere"),
+    [({}, False), ({}, True), ({"decoder_attention_mask": torch.ones(3, 4)}, False), ({"output_attentions": 1}, False)],
+)
+def test_inputs_of_a_step_are_those_of_other_models(special, elsewhere, masked, monkeypatch):
+    """A plain step goes without asking what is asked for them; whatever is special, or must be moved, is asked."""
     _, flash = build_pair("t5_v1_1")
     inputs = batch("right", 9, 4, 3)
+    config = flash.config.get_text_config(decoder=True)
     given = {
         "next_sequence_length": 1,
-        "past_key_values": EncoderDecoderCache(DynamicCache(), DynamicCache()),
+        "past_key_values": EncoderDecoderCache(
+            *(StaticCache(config=config, max_cache_len=length) for length in (6, 9))
+        ),
         "encoder_outputs": flash.encoder(inputs["input_ids"]),
         "use_cache": True,
         **({"attention_mask": inputs["attention_mask"]} if masked else {}),
         **special,
     }
-    expected = GenerationMixin.prepare_inputs_for_generation(flash, inputs["decoder_input_ids"], **given)
-    got = flash.prepare_inputs_for_generation(inputs["decoder_input_ids"], **given)
-    ids, mask = got.pop("decoder_input_ids"), got.get("decoder_attention_mask")
-    assert torch.equal(ids, expected.pop("decoder_input_ids"))
-    assert ids.is_contiguous()
-    assert (mask is None) == ("decoder_attention_mask" not in special)
+    flash(
+        decoder_input_ids=inputs["decoder_input_ids"][:, :3],
+        encoder_outputs=given["encoder_outputs"],
+        past_key_values=given["past_key_values"],
+    )  # a static cache is made by its first use
+    ids = inputs["decoder_input_ids"]
+    prepare, calls = GenerationMixin.prepare_inputs_for_generation, []
+    expected = prepare(flash, ids, **given)
+    if elsewhere:
+        monkeypatch.setattr(type(flash), "device", torch.device("cuda:7"))
+        monkeypatch.setattr(GenerationMixin, "prepare_inputs_for_generation", lambda *_, **__: calls.append(1) or {})
+        flash.prepare_inputs_for_generation(ids, **given)
+        assert calls
+        return
+    monkeypatch.setattr(
+        GenerationMixin, "prepare_inputs_for_generation", lambda *x, **y: calls.append(1) or prepare(*x, **y)
+    )
+    got = flash.prepare_inputs_for_generation(ids, **given)
+    assert bool(calls) == bool(special)
     assert got.keys() == expected.keys()
-    assert all(got[name] is expected[name] for name in expected)
+    assert got["decoder_input_ids"].is_contiguous()
+    for name, value in expected.items():
+        same = torch.equal(got[name], value) if isinstance(value, torch.Tensor) else got[name] is value
+        assert same, name
+
+
+class Step(torch.nn.Module):
+    """The logits of a decoder's first token."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids, states, mask):
+        return self.model(decoder_input_ids=ids, encoder_outputs=(states,), attention_mask=mask, use_cache=False).logits
+
+
+@torch.no_grad()
+def test_a_step_is_exported_for_any_number_of_rows_and_keys():
+    step = Step(build_pair("t5_v1_1", "fat5")[1])
+
+    def inputs(rows, keys):
+        return torch.randint(2, 99, (rows, 1)), torch.randn(rows, keys, 32), torch.ones(rows, keys).long()
+
+    rows, keys = torch.export.Dim("rows"), torch.export.Dim("keys")
+    shapes = ({0: rows}, {0: rows, 1: keys}, {0: rows, 1: keys})
+    exported = torch.export.export(step, inputs(3, 17), dynamic_shapes=shapes).module()
+    given = inputs(4, 20)
+    torch.testing.assert_close(exported(*given), step(*given), rtol=1e-4, atol=1e-5)

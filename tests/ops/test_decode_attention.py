@@ -81,14 +81,18 @@ def test_a_score_that_is_not_finite_stays_in_its_row(device):
 def test_what_it_does_not_serve_is_left_to_torch(device):
     q, k, v, bias = make(device, 2, 3, 20, 16, torch.float32, (2, 3))
     bias[0] = torch.finfo(torch.float32).min
-    assert not decode_attention_serves(q.requires_grad_(), k)
+    assert not decode_attention_serves(q.requires_grad_(), k, bias)
     got = decode_attention(q, k, v, bias, 0.5)
     torch.testing.assert_close(got.double(), formula(q, k, v, bias, 0.5, torch.float64), rtol=1e-4, atol=1e-5)
     assert not got[0].any()
     with torch.no_grad():
-        assert decode_attention_serves(q, k) == (device.type == "cpu"), "on a GPU in graphs only"
-        assert not decode_attention_serves(q, k.repeat(1, 1, 1 + MAX_KEYS // k[..., 0].numel(), 1))
-        assert not decode_attention_serves(q.double(), k.double())
+        assert decode_attention_serves(q, k, bias) == (device.type == "cpu"), "on a GPU in graphs only"
+        assert decode_attention_serves(q, k, None) == (device.type == "cpu")
+        assert not decode_attention_serves(q, k.repeat(1, 1, 1 + MAX_KEYS // k[..., 0].numel(), 1), None)
+        assert not decode_attention_serves(q.double(), k.double(), None)
+        assert not decode_attention_serves(q, k.bfloat16(), bias)
+        assert not decode_attention_serves(q, k, bias.bfloat16())
+        assert not decode_attention_serves(q, k[:1], bias)
 
 
 @torch.no_grad()
