@@ -18,6 +18,7 @@ from tqdm import tqdm
 from fat5convert.console import one_message, size
 from fat5convert.errors import ConvertError, DifferenceError, some
 from fat5convert.families import family_table
+from fat5convert.interruption import importing
 from fat5convert.json_files import write_json
 from fat5convert.options import DEFAULT_SHARD_SIZE, DTYPES
 from fat5convert.publish.command import push
@@ -130,8 +131,9 @@ def convert(
     quiet: bool,
 ) -> None:
     """Convert MODEL into the folder OUT (the default command)."""
-    from fat5convert.convert import convert as convert_model
-    from fat5convert.convert import plan_conversion
+    with importing():
+        from fat5convert.convert import convert as convert_model
+        from fat5convert.convert import plan_conversion
 
     start = time.monotonic()
     with one_message():
@@ -166,7 +168,8 @@ def convert(
 @click.option("--json", "as_json", is_flag=True, help="for scripts")
 def inspect(model: str, revision: str | None, config: str | None, as_json: bool) -> None:
     """Say what MODEL is, and what converting it would do."""
-    from fat5convert.inspection import inspect_model
+    with importing():
+        from fat5convert.inspection import inspect_model
 
     with one_message():
         facts = inspect_model(model, revision, config)
@@ -195,7 +198,8 @@ def inspect(model: str, revision: str | None, config: str | None, as_json: bool)
 @_QUIET
 def verify(out: str, against: str | None, revision: str | None, config: str | None, quiet: bool) -> None:
     """Check a converted folder: its hashes, and with --against also what it computes."""
-    from fat5convert.verify import verify as verify_model
+    with importing():
+        from fat5convert.verify import verify as verify_model
 
     with one_message():
         parity = verify_model(out, against, revision, config)
@@ -218,7 +222,8 @@ def verify(out: str, against: str | None, revision: str | None, config: str | No
 @_QUIET
 def export(out: str, t5_dir: str, transformers: str | None, overwrite: bool, quiet: bool) -> None:
     """Write the FAT5 folder OUT as a stock T5 folder T5_DIR."""
-    from fat5convert.export import export as export_model
+    with importing():
+        from fat5convert.export import export as export_model
 
     with one_message():
         exported = export_model(

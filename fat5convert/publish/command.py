@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from fat5convert.console import one_message, size
+from fat5convert.interruption import importing
 
 if TYPE_CHECKING:
     from fat5convert.publish.card import Licence
@@ -91,12 +92,13 @@ def _push(
     dry_run: bool,
     yes: bool,
 ) -> None:
-    from fat5convert.errors import ConvertError
-    from fat5convert.publish.card import Licence
-    from fat5convert.publish.hub_errors import NO_LOGIN, explained
-    from fat5convert.publish.preflight import check
-    from fat5convert.publish.push import Push
-    from fat5convert.publish.remote import Remote, check_names
+    with importing():
+        from fat5convert.errors import ConvertError
+        from fat5convert.publish.card import Licence
+        from fat5convert.publish.hub_errors import NO_LOGIN, explained
+        from fat5convert.publish.preflight import check
+        from fat5convert.publish.push import Push
+        from fat5convert.publish.remote import Remote, check_names
 
     check_names(repo_id, revision)
     remote = Remote(repo_id, revision, from_env=from_env)
