@@ -164,6 +164,7 @@ def together(work: Callable[[int], None], folder: str) -> None:
 
 def shard_and_push(repo: str, target: str, file: str, folder: str) -> None:
     """A step of FSDP2, saved as `Trainer` does it, which itself shards on GPUs alone."""
+    from huggingface_hub import snapshot_download
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -187,6 +188,8 @@ def shard_and_push(repo: str, target: str, file: str, folder: str) -> None:
             keep(alone, file)
         model.save_pretrained(f"{folder}/model", state_dict=whole, is_main_process=rank == 0)
 
+    # transformers 4 takes a file for missing that another process is just fetching
+    snapshot_download(repo)
     together(work, folder)
     upload(f"{folder}/model", target)
 
