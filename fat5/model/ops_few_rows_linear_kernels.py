@@ -2,7 +2,6 @@
 # mypy: allow-untyped-defs, disable-error-code="misc"
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 
@@ -13,24 +12,10 @@ except ImportError as error:  # a guarded import is what the loader of remote co
     raise ImportError("the kernel of few rows needs Triton") from error
 
 from .ops_early_launch import launch_options, prefetch_rows, wait_for_earlier
+from .ops_gated_linear_kernels import LinearConfig
 
 
-class FewRowsConfig(NamedTuple):
-    """How the kernel is launched.
-
-    Attributes:
-        block_m, block_n, block_k: rows, features and depth of a tile.
-        num_warps, num_stages: Triton's launch options.
-    """
-
-    block_m: int
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-
-
-def few_rows_config(rows: int, depth: int, part: int) -> FewRowsConfig:
+def few_rows_config(rows: int, depth: int, part: int) -> LinearConfig:
     """Configuration for a number of rows, at most 64, on a part, ten times its compute capability.
 
     Little is computed: time goes into waiting for the weights, so that tiles are narrow, for many programs to wait at
@@ -45,7 +30,7 @@ def few_rows_config(rows: int, depth: int, part: int) -> FewRowsConfig:
         block_n, block_k, stages = 16, 128, 8
     shared = 200 << 10 if part in (90, 100) else 96 << 10  # of the least that supported parts have
     stages = min(stages, shared // (2 * (block_m + block_n) * block_k))
-    return FewRowsConfig(block_m, block_n, block_k, 4, stages)
+    return LinearConfig(block_m, block_n, block_k, 4, stages)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -84,7 +69,7 @@ def few_rows_linear_kernel(
     tl.store(p_out + o_out, b_out.to(p_out.dtype.element_ty), mask=m_out)
 
 
-def launch(x: torch.Tensor, weights: Sequence[torch.Tensor], config: FewRowsConfig, early: bool) -> torch.Tensor:
+def launch(x: torch.Tensor, weights: Sequence[torch.Tensor], config: LinearConfig, early: bool) -> torch.Tensor:
     """`x` times each weight, side by side: `[rows, F times the number of weights]`.
 
     Args:

@@ -15,11 +15,11 @@ from .ops_early_launch import launch_options, prefetch_rows, wait_for_earlier
 from .ops_gated_act_kernels import activate
 
 
-class GatedLinearConfig(NamedTuple):
-    """How the kernel is launched.
+class LinearConfig(NamedTuple):
+    """How a kernel of linear layers is launched.
 
     Attributes:
-        block_m, block_n, block_k: tokens, features of either weight, and depth of a tile.
+        block_m, block_n, block_k: tokens, features of each weight, and depth of a tile.
         num_warps, num_stages: Triton's launch options.
     """
 
@@ -30,16 +30,16 @@ class GatedLinearConfig(NamedTuple):
     num_stages: int
 
 
-FEW = GatedLinearConfig(16, 32, 128, 4, 4)  # tokens of a step of decoding, tuned on one H200
-FEW_SM90 = GatedLinearConfig(64, 32, 128, 4, 4)  # more of them, likewise
-SOME = GatedLinearConfig(64, 64, 64, 4, 3)
-MANY = GatedLinearConfig(128, 64, 64, 8, 3)  # on any part from sm_80 on
-MANY_SM90 = GatedLinearConfig(128, 128, 64, 8, 4)  # tuned on one H200, bf16, T5 base and xl
+FEW = LinearConfig(16, 32, 128, 4, 4)  # tokens of a step of decoding, tuned on one H200
+FEW_SM90 = LinearConfig(64, 32, 128, 4, 4)  # more of them, likewise
+SOME = LinearConfig(64, 64, 64, 4, 3)
+MANY = LinearConfig(128, 64, 64, 8, 3)  # on any part from sm_80 on
+MANY_SM90 = LinearConfig(128, 128, 64, 8, 4)  # tuned on one H200, bf16, T5 base and xl
 GROUP_M = 16
 """Rows of tiles that run together and share weights in the L2 cache."""
 
 
-def gated_linear_config(rows: int, part: int) -> GatedLinearConfig:
+def gated_linear_config(rows: int, part: int) -> LinearConfig:
     """Configuration for a number of tokens on a part, ten times its compute capability."""
     if rows <= 16:
         return FEW
@@ -92,7 +92,7 @@ def gated_linear_kernel(
 
 
 def launch(
-    x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, act: int, config: GatedLinearConfig, early: bool
+    x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, act: int, config: LinearConfig, early: bool
 ) -> torch.Tensor:
     """`act(x gate^T) * (x up^T)`, `[rows, F]`.
 
