@@ -37,6 +37,7 @@ def run_interpreted(file: str, marker: str = "not slow") -> None:
 LAYER_KERNELS = (
     "fused_linear",
     "lm_head_flash_t5",
+    "ops_cache",
     "ops_cross_entropy",
     "ops_decode_attention",
     "ops_few_rows_linear",

@@ -14,6 +14,7 @@ from .flash_attention import FLASH_ATTENTION, flash_attention
 from .fused_attention import fused_attention
 from .fused_linear import linear, project
 from .norm_flash_t5 import NormedSum
+from .ops_cache import append_serves, append_to_cache
 from .ops_decode_attention import decode_attention, decode_attention_serves
 from .ops_operator import is_watched
 from .position_alibi import AlibiPositionBias
@@ -217,6 +218,10 @@ class FlashT5Attention(nn.Module):
         if is_cross_attention:
             past_key_values.is_updated[self.layer_idx] = True
             return past_key_values.cross_attention_cache.update(key, value, self.layer_idx)
+        cache, offset = past_key_values.self_attention_cache, mask.query_offset
+        if not isinstance(offset, torch.Tensor):
+            return cache.update(key, value, self.layer_idx)
+        if append_serves(cache.layers[self.layer_idx], key, value):
+            return append_to_cache(cache.layers[self.layer_idx], key, value, offset)
         # a static cache of transformers 4 takes the positions from here, others keep count themselves
-        positions = {"cache_position": mask.query_positions} if isinstance(mask.query_offset, torch.Tensor) else None
-        return past_key_values.self_attention_cache.update(key, value, self.layer_idx, positions)
+        return cache.update(key, value, self.layer_idx, {"cache_position": mask.query_positions})

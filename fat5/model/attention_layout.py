@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .ops_graph import is_captured
+
 
 @dataclass(eq=False)
 class PackedTokens:
@@ -85,7 +87,7 @@ def host_may_look(device: torch.device) -> bool:
     """Whether values may be read back from `device`: not while a graph is compiled, traced or captured."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
-    return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+    return not is_captured(device)
 
 
 def padded_layout(key_mask: torch.Tensor) -> KernelLayout | None:

@@ -59,6 +59,8 @@ if TYPE_CHECKING:
     from .ops_attention_reference import reference_attention as reference_attention
     from .ops_attention_strips import expand_strips as expand_strips
     from .ops_attention_table import line_of_table as line_of_table
+    from .ops_cache import append_to_cache as append_to_cache
+    from .ops_cache_kernels import append_kernel as append_kernel
     from .ops_cross_entropy import cross_entropy as cross_entropy
     from .ops_cross_entropy_kernels import launch_loss as launch_loss
     from .ops_decode_attention import decode_attention as decode_attention
@@ -72,6 +74,7 @@ if TYPE_CHECKING:
     from .ops_gated_act_kernels import activate as activate
     from .ops_gated_linear import gated_linear as gated_linear
     from .ops_gated_linear_kernels import gated_linear_kernel as gated_linear_kernel
+    from .ops_graph import is_captured as is_captured
     from .ops_linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
     from .ops_operator import Operator as Operator
     from .ops_philox import philox as philox

@@ -13,6 +13,8 @@ import torch
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
+from .ops_graph import is_captured
+
 FEW_ELEMENTS = 1 << 18  # 64 rows of 4096: a pass over them is a microsecond
 
 
@@ -90,7 +92,7 @@ def is_launch_bound(x: torch.Tensor) -> bool:
     """
     if not x.is_cuda or x.numel() > FEW_ELEMENTS or torch.is_grad_enabled():
         return False
-    return not (is_watched() or is_transformed() or torch.cuda.is_current_stream_capturing())
+    return not (is_watched() or is_transformed() or is_captured(x.device))
 
 
 def is_watched() -> bool:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
+from fat5.model import ops_cache_kernels as cache
 from fat5.model import ops_cross_entropy_kernels as cross_entropy
 from fat5.model import ops_decode_attention_kernels as decode_attention
 from fat5.model import ops_few_rows_linear_kernels as few_rows
@@ -46,6 +47,10 @@ OPTIONS = {
         "rows": [1, 512],  # few: the keys are shared out
         "dtype": ["bfloat16", "float16", "float32"],
         "bias": [False, True],
+    },
+    "append to cache": {
+        "width": [8, 64, 80, 256],
+        "dtype": ["bfloat16", "float16", "float32"],
     },
     "loss": {
         "width": [999, 32128, 250112],
@@ -90,6 +95,7 @@ FIRST = [
     {"capability": 86, "op": "few rows linear", "width": 4096, "rows": 64, "dtype": "bfloat16", "weights": 1},
     {"capability": 100, "op": "decode attention", "width": 64, "rows": 1, "dtype": "bfloat16", "bias": True},
     {"capability": 86, "op": "decode attention", "width": 256, "rows": 512, "dtype": "float32", "bias": True},
+    {"capability": 90, "op": "append to cache", "width": 64, "dtype": "bfloat16"},
     {"capability": 90, "op": "loss", "width": 32128, "dtype": "bfloat16", "smoothing": False, "gradient": True},
     {"capability": 80, "op": "loss", "width": 250112, "dtype": "bfloat16", "smoothing": True, "gradient": True},
 ]
@@ -138,6 +144,9 @@ def launch_layer(variant: dict) -> None:
         query, keys = torch.zeros(rows, 4, 1, width, dtype=dtype), torch.zeros(rows, 4, 300, width, dtype=dtype)
         bias = torch.zeros(1, 4, 1, 300, dtype=dtype) if variant["bias"] else None
         decode_attention.launch(query, keys, keys, bias, 1.0, early)
+    elif variant["op"] == "append to cache":
+        token, tokens = torch.zeros(8, 12, 1, width, dtype=dtype), torch.zeros(8, 12, 300, width, dtype=dtype)
+        cache.launch_append(token, token, tokens, tokens, seed, seed, early)
     else:
         labels, rows = torch.zeros(8, dtype=torch.int64), new_rows(x, 8)
         smoothing = 0.1 if variant["smoothing"] else 0.0
