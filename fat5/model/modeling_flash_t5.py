@@ -1,18 +1,21 @@
 """FlashT5 models: encoder-decoder, and the same with a language modeling head. All others are reached from here too."""
 
 import inspect
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import GenerationMixin
+from transformers import CompileConfig, GenerationMixin
 from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.modeling_outputs import Seq2SeqLMOutput, Seq2SeqModelOutput
 from transformers.utils import ModelOutput
 
 from .attention import FlashT5Attention
 from .configuration_flash_t5 import FlashT5Config
+from .decoding_graphs import DecodingGraphs
 from .encoder_decoder_flash_t5 import FlashT5EncoderDecoder
 from .encoder_flash_t5 import FlashT5EncoderModel
 from .heads_flash_t5 import (
@@ -31,6 +34,7 @@ from .stack_flash_t5 import FlashT5Stack, static_length
 if TYPE_CHECKING:
     from .attention_layout import KernelLayout as KernelLayout
     from .attention_mask import AttentionMask as AttentionMask
+    from .cache_memory import allocate_layer as allocate_layer
     from .constant_tensors import kept as kept
     from .flash_attention import flash_attention as flash_attention
     from .fused_attention import fused_attention as fused_attention
@@ -165,6 +169,7 @@ class FlashT5ForConditionalGeneration(FlashT5EncoderDecoder, GenerationMixin):
     def __init__(self, config: FlashT5Config) -> None:
         super().__init__(config)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self._decoding_graphs = DecodingGraphs()
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:
@@ -287,6 +292,16 @@ class FlashT5ForConditionalGeneration(FlashT5EncoderDecoder, GenerationMixin):
             return False
         device, tensors = self.device, (input_ids, given["encoder_outputs"][0], given.get("attention_mask"))
         return all(x is None or x.device == device for x in tensors)
+
+    def get_compiled_call(self, compile_config: CompileConfig | None) -> Callable[..., Any]:
+        """What `generate` calls for each token once it has a static cache: see `DecodingGraphs`.
+
+        A configuration that asks for something special of `torch.compile` gets that.
+        """
+        compiled = super().get_compiled_call
+        if compile_config not in (None, CompileConfig()):
+            return compiled(compile_config)
+        return partial(self._decoding_graphs.step, self, lambda **inputs: compiled(compile_config)(**inputs))
 
     @staticmethod
     def _reorder_cache(past_key_values: EncoderDecoderCache, beam_idx: torch.LongTensor) -> EncoderDecoderCache:
