@@ -9,7 +9,6 @@ from transformers.cache_utils import EncoderDecoderCache
 
 from .attention_layout import host_may_look
 from .attention_mask import AttentionMask
-from .cache_memory import allocate_layer
 from .configuration_flash_t5 import FlashT5Config
 from .flash_attention import FLASH_ATTENTION, flash_attention
 from .fused_attention import fused_attention
@@ -218,13 +217,11 @@ class FlashT5Attention(nn.Module):
             return key, value
         if is_cross_attention:
             past_key_values.is_updated[self.layer_idx] = True
-            allocate_layer(past_key_values.cross_attention_cache, self.layer_idx, key, value)
             return past_key_values.cross_attention_cache.update(key, value, self.layer_idx)
         cache, offset = past_key_values.self_attention_cache, mask.query_offset
-        allocate_layer(cache, self.layer_idx, key, value)
         if not isinstance(offset, torch.Tensor):
             return cache.update(key, value, self.layer_idx)
-        if append_serves(cache.layers[self.layer_idx], key, value):
+        if append_serves(cache, self.layer_idx, key, value):
             return append_to_cache(cache.layers[self.layer_idx], key, value, offset)
         # a static cache of transformers 4 takes the positions from here, others keep count themselves
         return cache.update(key, value, self.layer_idx, {"cache_position": mask.query_positions})

@@ -4,20 +4,27 @@
 millisecond to see that nothing has changed. Here that is looked for once a cache, and so once a call of `generate`.
 """
 
+import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import EncoderDecoderCache, StaticLayer
+from transformers.cache_utils import EncoderDecoderCache, StaticCache, StaticLayer
 from transformers.modeling_outputs import Seq2SeqLMOutput
 
 from .fused_linear import is_untouched
 from .ops_graph import rehearsal
+from .ops_operator import is_watched
 
-MOST_GRAPHS = 4
+MOST_SHAPES = 4
+MOST_GRAPHS = 4  # of the same shapes: one for each cache that is used at a time
+MOST_BYTES = 1 << 30  # of a cache that is moved; steps with larger ones take so long that a capture matters little
+ALIGNMENT = 512  # bytes, as torch's allocator aligns
+TENSORS = ("keys", "values", "cumulative_length")  # of a layer of a static cache
 NAMES = {"decoder_input_ids", "encoder_outputs", "past_key_values", "use_cache", "return_dict"}
 PLAIN_CODE = ("torch.nn.modules.", "transformers.activations")
 """Where the modules are from whose calls depend on nothing but their weights and input."""
@@ -29,69 +36,131 @@ class DecodingGraphs:
     """The steps of a model that were captured last, as CUDA graphs.
 
     A step of new shapes runs as it is, by the kernels of a graph, which are compiled by that; the next one is captured.
-    A graph serves wherever a cache lies where the first one lay, as those of later calls of `generate` mostly do.
+    A graph serves only where the cache lies that it was captured with. So the cache of the next call of `generate` with
+    these shapes is moved to memory of their own, where later ones find the place of one that has gone.
     """
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         self._state: Facts | None = None
-        self._graphs: OrderedDict[Facts, _CapturedStep] = OrderedDict()
-        self._rehearsed: set[Facts] = set()
-        self._cache: Callable[[], EncoderDecoderCache | None] = lambda: None
+        self._room: MutableMapping[EncoderDecoderCache, int] = weakref.WeakKeyDictionary()  # tokens that graphs may add
+        self._shapes: OrderedDict[Facts, _GraphsOfShapes] = OrderedDict()
+        self._pool: Any = None  # of what graphs compute in between, one after the other
+
+    def look_again(self) -> None:
+        """Look whether the model has changed before the next step, even if its cache is not new."""
+        with self._lock:
+            self._room.clear()
 
     def step(self, model: nn.Module, otherwise: Callable[..., Any], **inputs: Any) -> Any:
         """The model's output for a step of `generate`; what cannot be captured is left to `otherwise`."""
+        with self._lock:
+            output = self._step(model, inputs)
+        return otherwise(**inputs) if output is None else output
+
+    def _step(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
         shapes = shapes_of(inputs)
-        if shapes is None or not self._may_serve(model, inputs["past_key_values"]):
-            return otherwise(**inputs)
-        places = shapes, *places_of(inputs["past_key_values"])
-        if places not in self._graphs:
-            if shapes not in self._rehearsed:
-                self._rehearsed.add(shapes)
-                with rehearsal():
-                    return model(**inputs)
-            if len(self._graphs) == MOST_GRAPHS:
-                torch.cuda.current_stream().synchronize()  # the oldest may still run
-                self._graphs.popitem(last=False)
-            self._graphs[places] = _CapturedStep(model, inputs)
-        self._graphs.move_to_end(places)
-        return self._graphs[places].replay(inputs)
+        if shapes is None:
+            return None
+        cache = inputs["past_key_values"]
+        if cache not in self._room:
+            self._begin(model, cache, shapes)
+        if self._room[cache] == 0:  # a full cache is to say so itself
+            return None
+        self._room[cache] -= 1
+        if shapes not in self._shapes:
+            with rehearsal():
+                output = model(**inputs)
+            self._keep_for(shapes)
+            return output
+        self._shapes.move_to_end(shapes)
+        graphs = self._shapes[shapes].graphs
+        places = tuple(places_of(cache))
+        if places not in graphs:
+            if len(graphs) == MOST_GRAPHS:
+                torch.cuda.synchronize()  # the oldest may still run
+                graphs.popitem(last=False)
+            try:
+                graphs[places] = with_free_memory(lambda: _CapturedStep(model, inputs, self._pool))
+            except torch.OutOfMemoryError:
+                self._room[cache] = 0
+                return None
+        graphs.move_to_end(places)
+        return graphs[places].replay(inputs)
 
-    def _may_serve(self, model: nn.Module, cache: EncoderDecoderCache) -> bool:
-        """Whether the model's steps can be captured. What was captured is forgotten when the model has changed since.
+    def _begin(self, model: nn.Module, cache: EncoderDecoderCache, shapes: Facts) -> None:
+        """Look at the model and the cache. What was captured is forgotten if the model has changed since."""
+        state = state_of(model)
+        if state != self._state:
+            if self._shapes:
+                torch.cuda.synchronize()
+            self._shapes.clear()
+            self._room.clear()
+        self._state = state
+        own = layers_of(cache)[0]
+        self._room[cache] = 0 if state is None else own.max_cache_len - int(own.cumulative_length)
+        is_lasting = getattr(cache, "_is_user_defined", False)  # and so where its owner may know it to be
+        if shapes in self._shapes and not is_lasting and tuple(places_of(cache)) not in self._shapes[shapes].graphs:
+            with suppress(torch.OutOfMemoryError):
+                with_free_memory(lambda: self._shapes[shapes].move(cache))
 
-        This is looked for when a cache is new.
-        """
-        if self._cache() is not cache:
-            state = state_of(model)
-            if state != self._state:
-                self._graphs.clear()
-                self._rehearsed.clear()
-            self._state, self._cache = state, weakref.ref(cache)
-        return self._state is not None
+    def _keep_for(self, shapes: Facts) -> None:
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        while len(self._shapes) >= MOST_SHAPES:
+            torch.cuda.synchronize()
+            self._shapes.popitem(last=False)
+        self._shapes[shapes] = _GraphsOfShapes()
 
     def __reduce__(self) -> Any:
         """A copy or pickle of the model begins with none, as graphs belong to the memory they were captured for."""
         return DecodingGraphs, ()
 
 
+class _GraphsOfShapes:
+    """The graphs for steps of the same shapes, by where their caches lie, and memory for such caches."""
+
+    def __init__(self) -> None:
+        self.graphs: OrderedDict[Facts, _CapturedStep] = OrderedDict()
+        self._memory: Any = None
+
+    def move(self, cache: EncoderDecoderCache) -> None:
+        """Have the cache lie in this memory in one piece, which finds the place of the last one; not a large one."""
+        tensors = {(layer, name): getattr(layer, name) for layer in layers_of(cache) for name in TENSORS}
+        sizes = [-(-x.nbytes // ALIGNMENT) * ALIGNMENT for x in tensors.values()]
+        if sum(sizes) > MOST_BYTES or not all(x.is_contiguous() for x in tensors.values()):
+            return
+        if self._memory is None:
+            self._memory = torch.cuda.MemPool(use_on_oom=True)
+        with torch.cuda.use_mem_pool(self._memory):
+            memory = torch.empty(sum(sizes), dtype=torch.uint8, device=next(iter(tensors.values())).device)
+        for ((layer, name), x), part in zip(tensors.items(), memory.split(sizes), strict=True):
+            setattr(layer, name, part[: x.nbytes].view(x.dtype).view(x.shape).copy_(x))
+
+
 class _CapturedStep:
     """One graph, with the memory that it reads its inputs from."""
 
-    def __init__(self, model: nn.Module, inputs: dict[str, Any]) -> None:
+    def __init__(self, model: nn.Module, inputs: dict[str, Any], pool: Any) -> None:
         self.inputs = writable_copies(read_in_a_step(inputs))
         self.graph = torch.cuda.CUDAGraph()
+        torch._C._cuda_clearCublasWorkspaces()  # or else the graph might use one that another pool takes back
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         # not by `torch.cuda.graph`, which first waits for the device and gives its free memory back
         with torch.cuda.stream(stream):
-            self.graph.capture_begin(capture_error_mode="thread_local")
+            self.graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
                 self.logits = model(**{**inputs, **self.inputs}).logits
-            finally:
-                self.graph.capture_end()
+            except BaseException:
+                with suppress(RuntimeError):  # which would hide the other
+                    self.graph.capture_end()
+                raise
+            self.graph.capture_end()
         torch.cuda.current_stream().wait_stream(stream)
 
     def replay(self, inputs: dict[str, Any]) -> Seq2SeqLMOutput:
+        """The model's output, in memory of its own. What a step does to the cache is done to it."""
         for name, x in read_in_a_step(inputs).items():
             self.inputs[name].copy_(x)
         self.graph.replay()
@@ -100,6 +169,17 @@ class _CapturedStep:
             past_key_values=inputs["past_key_values"],
             encoder_last_hidden_state=inputs["encoder_outputs"].last_hidden_state,
         )
+
+
+def with_free_memory(work: Callable[[], Any]) -> Any:
+    """What `work` returns. It is tried again with the memory that the allocator holds free, which a capture and a pool
+    cannot reach.
+    """
+    try:
+        return work()
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+    return work()
 
 
 def read_in_a_step(inputs: dict[str, Any]) -> dict[str, Tensor]:
@@ -118,21 +198,29 @@ def shapes_of(inputs: dict[str, Any]) -> Facts | None:
 
     None for anything but a plain step without gradients: one token a row, and a static cache that holds some already.
     """
-    if torch.is_grad_enabled() or inputs.keys() - {"attention_mask"} != NAMES:
+    if torch.is_grad_enabled() or is_watched() or inputs.keys() - {"attention_mask"} != NAMES:
         return None
     ids, cache = inputs["decoder_input_ids"], inputs["past_key_values"]
     encoded = getattr(inputs["encoder_outputs"], "last_hidden_state", None)
-    if encoded is None or not (inputs["use_cache"] and inputs["return_dict"]):
+    if encoded is None or ids.shape[1] != 1 or not (inputs["use_cache"] and inputs["return_dict"]):
         return None
-    if type(cache) is not EncoderDecoderCache or ids.shape[1] != 1 or not all(cache.is_updated.values()):
+    if type(cache) is not EncoderDecoderCache or not all(cache.is_updated.values()):
+        return None
+    if not all(is_plain_cache(part) for part in (cache.self_attention_cache, cache.cross_attention_cache)):
         return None
     layers = layers_of(cache)
-    if not layers or not all(type(layer) is StaticLayer and layer.is_initialized for layer in layers):
-        return None
-    if not hasattr(layers[0], "cumulative_length"):  # in transformers 4
-        return None
     tensors = *read_in_a_step(inputs).values(), encoded, layers[0].keys, layers[-1].keys
-    return tuple((x.shape, x.dtype, x.device) for x in tensors)
+    if any(x.device != ids.device for x in tensors):
+        return None
+    return tuple((x.shape, x.stride(), x.dtype, x.device) for x in tensors)
+
+
+def is_plain_cache(cache: Any) -> bool:
+    """Whether a cache is static, no more than that, allocated, and counts its tokens, as in transformers 5."""
+    if type(cache) is not StaticCache or cache.offloading:
+        return False
+    plain = all(type(layer) is StaticLayer and layer.is_initialized for layer in cache.layers)
+    return plain and hasattr(cache.layers[0], "cumulative_length")
 
 
 def layers_of(cache: EncoderDecoderCache) -> list[Any]:
@@ -143,9 +231,8 @@ def layers_of(cache: EncoderDecoderCache) -> list[Any]:
 def places_of(cache: EncoderDecoderCache) -> Iterator[int]:
     """Where the tensors of a cache lie."""
     for layer in layers_of(cache):
-        yield layer.keys.data_ptr()
-        yield layer.values.data_ptr()
-        yield layer.cumulative_length.data_ptr()
+        for name in TENSORS:
+            yield getattr(layer, name).data_ptr()
 
 
 def state_of(model: nn.Module) -> Facts | None:
@@ -153,7 +240,7 @@ def state_of(model: nn.Module) -> Facts | None:
 
     None where a step cannot be captured, or may do more than the model's own code says: on devices without graphs, in
     training, under autocast, with another attention, with positions other than T5's (some keep tensors that a graph
-    does not), with hooks, adapters, quantised or offloaded weights.
+    does not), with hooks, adapters, quantised, offloaded or compiled layers.
     """
     config: Any = model.config
     device = next(model.parameters()).device
@@ -164,20 +251,25 @@ def state_of(model: nn.Module) -> Facts | None:
     if config.output_hidden_states:
         return None
     own_code = __name__.rpartition(".")[0] + "."
-    modules = list(modules_of_a_step(model))
-    for module in modules:
+    modules, places = [], []
+    for module in modules_of_a_step(model):
         kind = type(module)
         if not f"{kind.__module__}.".startswith((own_code, *PLAIN_CODE)):
             return None
         in_training = module.training and kind not in (nn.Linear, nn.Embedding)  # to which it makes no difference
-        if in_training or not is_untouched(module, kind):
+        if in_training or module._compiled_call_impl is not None or not is_untouched(module, kind):
             return None
-    weights = [x for module in modules for x in (*module._parameters.values(), *module._buffers.values())]
-    if any(type(x) not in (nn.Parameter, Tensor) or x.device != device for x in weights if x is not None):
-        return None
-    places = [x if x is None else (x.data_ptr(), x.dtype, x.shape, x.stride()) for x in weights]
+        numbers = [x for x in vars(module).values() if isinstance(x, int | float | str)]  # epsilons and the like
+        modules.append((id(module), kind, numbers))
+        for x in (*module._parameters.values(), *module._buffers.values()):
+            if x is None:
+                continue
+            if type(x) not in (nn.Parameter, Tensor) or x.device != device:
+                return None
+            places.append((x.data_ptr(), x.dtype, x.shape, x.stride()))
     settings = torch.are_deterministic_algorithms_enabled(), torch.backends.cuda.matmul.fp32_precision
-    return list(map(id, modules)), places, config.to_dict(), settings
+    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None  # graphs share memory, in turns
+    return modules, places, config.to_dict(), settings, stream
 
 
 def modules_of_a_step(model: nn.Module) -> Iterator[nn.Module]:
@@ -186,11 +278,12 @@ def modules_of_a_step(model: nn.Module) -> Iterator[nn.Module]:
     while left:
         module = left.pop()
         yield module
-        left.extend(
-            x for name, x in module._modules.items() if x is not None and not (module is model and name == "encoder")
-        )
+        parts = module._modules.items()
+        left.extend(x for name, x in parts if x is not None and not (module is model and name == "encoder"))
 
 
 def has_graphs(device: torch.device) -> bool:
-    """Whether it is a GPU, and that on which this thread works."""
-    return device.type == "cuda" and device.index == torch.cuda.current_device()
+    """Whether it is a GPU, that on which this thread works, and torch's own allocator gives its memory."""
+    if device.type != "cuda" or device.index != torch.cuda.current_device():
+        return False
+    return torch.cuda.get_allocator_backend() == "native"

@@ -34,7 +34,6 @@ from .stack_flash_t5 import FlashT5Stack, static_length
 if TYPE_CHECKING:
     from .attention_layout import KernelLayout as KernelLayout
     from .attention_mask import AttentionMask as AttentionMask
-    from .cache_memory import allocate_layer as allocate_layer
     from .constant_tensors import kept as kept
     from .flash_attention import flash_attention as flash_attention
     from .fused_attention import fused_attention as fused_attention
@@ -169,7 +168,6 @@ class FlashT5ForConditionalGeneration(FlashT5EncoderDecoder, GenerationMixin):
     def __init__(self, config: FlashT5Config) -> None:
         super().__init__(config)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
-        self._decoding_graphs = DecodingGraphs()
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:
@@ -301,7 +299,9 @@ class FlashT5ForConditionalGeneration(FlashT5EncoderDecoder, GenerationMixin):
         compiled = super().get_compiled_call
         if compile_config not in (None, CompileConfig()):
             return compiled(compile_config)
-        return partial(self._decoding_graphs.step, self, lambda **inputs: compiled(compile_config)(**inputs))
+        graphs: DecodingGraphs = vars(self).setdefault("_decoding_graphs", DecodingGraphs())
+        graphs.look_again()
+        return partial(graphs.step, self, lambda **inputs: compiled(compile_config)(**inputs))
 
     @staticmethod
     def _reorder_cache(past_key_values: EncoderDecoderCache, beam_idx: torch.LongTensor) -> EncoderDecoderCache:

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from transformers.cache_utils import StaticLayer
+from transformers.cache_utils import StaticCache, StaticLayer
 
 from .ops_attention import kernels_serve
 from .ops_attention_checks import DTYPES
@@ -19,13 +19,16 @@ except ImportError:
     pass
 
 
-def append_serves(layer: Any, key: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether `append_to_cache` may stand for the layer's own `update`: in a graph, for one token a row.
+def append_serves(cache: Any, index: int, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether `append_to_cache` may stand for `update` of a cache in one layer: in a graph, for one token a row.
 
     Launched one by one, torch's operations are sooner launched; `torch.compile` makes few kernels of them itself.
     """
     if not kernels_serve(key.device) or not is_captured(key.device) or is_watched() or torch.is_grad_enabled():
         return False
+    if type(cache) is not StaticCache or cache.offloading:
+        return False
+    layer = cache.layers[index]
     if type(layer) is not StaticLayer or not layer.is_initialized or not hasattr(layer, "cumulative_length"):
         return False
     tensors: tuple[Any, ...] = key, value, layer.keys, layer.values

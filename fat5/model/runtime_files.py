@@ -20,7 +20,6 @@ RUNTIME_FILES = (
     "attention.py",
     "attention_mask.py",
     "attention_layout.py",
-    "cache_memory.py",
     "constant_tensors.py",
     "decoding_graphs.py",
     "flash_attention.py",

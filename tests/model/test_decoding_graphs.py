@@ -5,12 +5,15 @@ Without a GPU a class stands in for the captured step, and what is tested is whe
 
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import pytest
 import torch
 from model_parity import batch, build_flash, build_stock, relative_error
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CompileConfig
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache, StaticCache, StaticLayer
 
@@ -30,7 +33,7 @@ class Replays:
 
     made = 0
 
-    def __init__(self, model, inputs):
+    def __init__(self, model, inputs, pool):
         type(self).made += 1
         self.inputs = decoding_graphs.writable_copies(decoding_graphs.read_in_a_step(inputs))
         self.model = model
@@ -50,14 +53,18 @@ def made(monkeypatch):
     captured = []
     step = decoding_graphs._CapturedStep if ON_GPU else Replays
 
-    def capture(model, inputs):
-        captured.append(step(model, inputs))
+    def capture(model, inputs, pool):
+        captured.append(step(model, inputs, pool))
         return captured[-1]
 
     monkeypatch.setattr(decoding_graphs, "_CapturedStep", capture)
     if not ON_GPU:
         monkeypatch.setattr(decoding_graphs, "has_graphs", lambda device: True)
-        monkeypatch.setattr(torch.cuda, "current_stream", lambda: torch.Stream("cpu"))
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+        monkeypatch.setattr(torch.cuda, "MemPool", lambda use_on_oom: None)
+        monkeypatch.setattr(torch.cuda, "use_mem_pool", lambda pool: nullcontext())
     return captured
 
 
@@ -89,10 +96,15 @@ def otherwise(**inputs):
     raise LeftToCompileError
 
 
+def step(model, **inputs):
+    if "_decoding_graphs" not in vars(model):
+        model.get_compiled_call(None)
+    return model._decoding_graphs.step(model, otherwise, **inputs)
+
+
 def continued(model, given, ids):
     """Logits `[B, L, V]` of tokens `[B, L]`, step by step."""
-    call = model._decoding_graphs.step
-    return torch.cat([call(model, otherwise, **given, decoder_input_ids=x).logits for x in ids.split(1, dim=1)], dim=1)
+    return torch.cat([step(model, **given, decoder_input_ids=x).logits for x in ids.split(1, dim=1)], dim=1)
 
 
 def check(model, inputs, tokens=6):
@@ -123,11 +135,11 @@ def test_the_first_step_of_new_shapes_is_rehearsed_and_the_next_captured(made):
     model = build()
     inputs = draw()
     given = begin(model, inputs)
-    for step, token in enumerate(inputs["decoder_input_ids"][:, 1:4].split(1, dim=1)):
+    for count, token in enumerate(inputs["decoder_input_ids"][:, 1:4].split(1, dim=1)):
         continued(model, given, token)
-        assert len(made) == min(step, 1)
-    given = begin(model, inputs)  # beside the cache of before: another place, and no new shapes
-    continued(model, given, inputs["decoder_input_ids"][:, 1:2])
+        assert len(made) == min(count, 1)
+    again = begin(model, inputs)
+    continued(model, again, inputs["decoder_input_ids"][:, 1:2])  # at another place, and no new shapes
     assert len(made) == 2
     fewer = {name: x[:2] for name, x in inputs.items()}
     given = begin(model, fewer)
@@ -146,13 +158,18 @@ def test_only_the_latest_graphs_are_kept(made):
     others = [begin(model, inputs) for _ in range(decoding_graphs.MOST_GRAPHS)]
     for given in others[:-1]:
         continued(model, given, ids[:, 1:2])
-    continued(model, first, ids[:, 3:4])  # used, and so not the next to go
     assert len(made) == decoding_graphs.MOST_GRAPHS
     continued(model, others[-1], ids[:, 1:2])
-    continued(model, first, ids[:, 4:5])
+    continued(model, others[1], ids[:, 2:3])
     assert len(made) == decoding_graphs.MOST_GRAPHS + 1
-    continued(model, others[0], ids[:, 2:3])
+    continued(model, first, ids[:, 3:4])  # whose graph had to go
     assert len(made) == decoding_graphs.MOST_GRAPHS + 2
+    graphs = model._decoding_graphs._shapes
+    assert [len(entry.graphs) for entry in graphs.values()] == [decoding_graphs.MOST_GRAPHS]
+    for length in range(4, 5 + decoding_graphs.MOST_SHAPES):
+        other = draw(encoder_length=length, padding="none")
+        continued(model, begin(model, other), other["decoder_input_ids"][:, 1:3])
+    assert len(graphs) == decoding_graphs.MOST_SHAPES
 
 
 def replaced_weight(model):
@@ -181,17 +198,17 @@ def changed_values(model):
     [(replaced_weight, 1), (replaced_module, 1), (resized, 1), (scaled_outputs, 1), (changed_values, 0)],
 )
 def test_what_is_changed_counts(change, anew, made):
-    """With a cache at the same place, as `generate` may find it again."""
+    """With the same cache, as somebody may hand it to `generate` again."""
     model, inputs = build(), draw()
     ids = inputs["decoder_input_ids"]
     given = begin(model, inputs)
     continued(model, given, ids[:, 1:3])
     change(model)
     expected = model(**{n: inputs[n] for n in ("input_ids", "attention_mask")}, decoder_input_ids=ids[:, :6]).logits
-    given["past_key_values"].self_attention_cache.reset()
-    same = EncoderDecoderCache.__new__(EncoderDecoderCache)
-    vars(same).update(vars(given["past_key_values"]))
-    again = begin(model, inputs, same)
+    model.get_compiled_call(None)  # as `generate` does once
+    given["past_key_values"].reset()
+    given["past_key_values"]._is_user_defined = True  # so does it
+    again = begin(model, inputs, given["past_key_values"])
     got = continued(model, again, ids[:, 1:6])
     assert relative_error(got, expected[:, 1:]) < TOLERANCE
     assert len(made) == 1 + anew
@@ -222,6 +239,10 @@ def parametrise(model):
     nn.utils.parametrizations.weight_norm(model.decoder.block[0].ff_layer.wo)
 
 
+def compile_layer(model):
+    model.decoder.block[0].ff_layer.compile(backend="eager")
+
+
 def show_hidden_states(model):
     model.config.output_hidden_states = True
 
@@ -232,7 +253,8 @@ def attend_otherwise(model):
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "change", [train, train_one_layer, hook, wrap, adapt, parametrise, show_hidden_states, attend_otherwise]
+    "change",
+    [train, train_one_layer, hook, wrap, adapt, parametrise, compile_layer, show_hidden_states, attend_otherwise],
 )
 def test_what_a_graph_cannot_hold_is_left_to_compile(change, made):
     model, inputs = build(num_decoder_layers=2), draw()
@@ -265,6 +287,10 @@ def test_only_a_plain_step_is_captured(made):
     dynamic = EncoderDecoderCache(DynamicCache(), DynamicCache())
     config = model.config.get_text_config(decoder=True)
     empty = EncoderDecoderCache(*(StaticCache(config=config, max_cache_len=n) for n in (9, 37)))
+    subclass = begin(model, inputs)["past_key_values"]
+    subclass.self_attention_cache.__class__ = type("Other", (StaticCache,), {})
+    offloaded = begin(model, inputs)["past_key_values"]
+    offloaded.self_attention_cache.offloading = True
     plain = {**given, "decoder_input_ids": token}
     for other in (
         {"decoder_input_ids": inputs["decoder_input_ids"][:, 1:3]},
@@ -273,17 +299,22 @@ def test_only_a_plain_step_is_captured(made):
         {"decoder_attention_mask": inputs["decoder_attention_mask"][:, :2]},
         {"past_key_values": dynamic},
         {"past_key_values": empty},
+        {"past_key_values": subclass},
+        {"past_key_values": offloaded},
         {"encoder_outputs": tuple(given["encoder_outputs"].values())},
         {"use_cache": False},
         {"return_dict": False},
     ):
         with pytest.raises(LeftToCompileError):
-            model._decoding_graphs.step(model, otherwise, **{**plain, **other})
+            step(model, **{**plain, **other})
     with torch.enable_grad(), pytest.raises(LeftToCompileError):
-        model._decoding_graphs.step(model, otherwise, **plain)
+        step(model, **plain)
     with torch.autocast(DEVICE.type, torch.bfloat16), pytest.raises(LeftToCompileError):
-        model._decoding_graphs.step(model, otherwise, **{**plain, **begin(model, inputs)})
-    model._decoding_graphs.step(model, otherwise, **{**plain, **begin(model, inputs)})
+        step(model, **{**plain, **begin(model, inputs)})
+    given = begin(model, inputs)
+    with TorchDispatchMode(), pytest.raises(LeftToCompileError):
+        step(model, **{**plain, **given})
+    step(model, **{**plain, **begin(model, inputs)})
 
 
 @torch.no_grad()
@@ -321,9 +352,9 @@ def test_generate_takes_graphs_unless_compile_is_asked_for_something_else(made):
 def test_an_output_is_not_overwritten_by_the_next(made):
     model, inputs = build(), draw()
     given = begin(model, inputs)
-    call, kept = model._decoding_graphs.step, []
+    kept = []
     for token in inputs["decoder_input_ids"][:, 1:5].split(1, dim=1):
-        logits = call(model, otherwise, **given, decoder_input_ids=token).logits
+        logits = step(model, **given, decoder_input_ids=token).logits
         kept.append((logits, logits.clone()))
     assert all(torch.equal(*pair) for pair in kept)
     assert not torch.equal(kept[-1][0], kept[-2][0])
@@ -334,7 +365,86 @@ def test_a_graph_serves_in_and_out_of_inference_mode(made):
     for mode in (torch.inference_mode, torch.no_grad) * 3:
         with mode():
             check(model, inputs)
-    assert len(made) <= 2 or not ON_GPU  # memory that is given back is found again
+    assert len(made) <= 3 or not ON_GPU  # memory that is given back is found again
+
+
+@torch.no_grad()
+def test_a_full_cache_is_left_to_say_so(made):
+    model, inputs = build(), draw()
+    given, ids = begin(model, inputs), inputs["decoder_input_ids"]
+    continued(model, given, ids[:, 1:9])
+    with pytest.raises(LeftToCompileError):
+        continued(model, given, ids[:, 9:10])
+
+
+@torch.no_grad()
+def test_a_rehearsal_that_failed_is_repeated(made, monkeypatch):
+    model, inputs = build(), draw()
+    given, token = begin(model, inputs), inputs["decoder_input_ids"][:, 1:2]
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model), "forward", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            continued(model, given, token)
+    continued(model, given, token)
+    assert not made
+
+
+@torch.no_grad()
+def test_without_memory_for_a_graph_the_rest_is_left_to_compile(made, monkeypatch):
+    model, inputs = build(), draw()
+    ids = inputs["decoder_input_ids"]
+    tried = []
+
+    def fail(*_):
+        tried.append(True)
+        raise torch.OutOfMemoryError
+
+    given = begin(model, inputs)
+    continued(model, given, ids[:, 1:2])
+    with monkeypatch.context() as patch:
+        patch.setattr(decoding_graphs, "_CapturedStep", fail)
+        for token in ids[:, 2:4].split(1, dim=1):
+            with pytest.raises(LeftToCompileError):
+                continued(model, given, token)
+    assert len(tried) == 2  # once more with the memory that the allocator held free
+    with monkeypatch.context() as patch:
+        patch.setattr(decoding_graphs._GraphsOfShapes, "move", fail)
+        check(model, inputs)
+
+
+@torch.no_grad()
+def test_a_large_cache_and_one_of_the_users_stay_where_they_are(monkeypatch):
+    model, inputs = build(), draw()
+    check(model, inputs)
+    for lasting, most in ((False, 0), (True, decoding_graphs.MOST_BYTES), (False, decoding_graphs.MOST_BYTES)):
+        monkeypatch.setattr(decoding_graphs, "MOST_BYTES", most)
+        given = begin(model, inputs)
+        given["past_key_values"]._is_user_defined = lasting
+        keys = given["past_key_values"].self_attention_cache.layers[0].keys
+        continued(model, given, inputs["decoder_input_ids"][:, 1:3])
+        stays = given["past_key_values"].self_attention_cache.layers[0].keys is keys
+        assert stays == (lasting or most == 0)
+
+
+def test_threads_share_a_model(made):
+    model = build()
+    given = [
+        {name: x[:, :20] for name, x in draw().items() if "decoder" not in name and name != "labels"} for _ in range(4)
+    ]
+    config = CompileConfig()
+    config._compile_all_devices = True
+    options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    expected = [model.generate(**inputs, **options) for inputs in given]
+
+    def generate(inputs):
+        return [
+            model.generate(**inputs, **options, cache_implementation="static", compile_config=config) for _ in range(3)
+        ]
+
+    with ThreadPoolExecutor(4) as pool:
+        for got, tokens in zip(pool.map(generate, given), expected, strict=True):
+            assert all(torch.equal(one, tokens) for one in got)
+    assert len(model._decoding_graphs._shapes) == 1
 
 
 @pytest.mark.gpu

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from transformers.cache_utils import DynamicLayer, StaticLayer
+from transformers import T5Config
+from transformers.cache_utils import DynamicCache, StaticCache, StaticLayer
 
 from fat5.model.ops_cache import append_serves, append_to_cache
 from fat5.model.ops_graph import rehearsal
@@ -18,6 +19,12 @@ def tokens(device, batch, heads, width, dtype, length=1):
     """Keys and values `[B, H, L, D]` as they come from one product."""
     joined = torch.randn(batch, length, 3 * heads * width, device=device).to(dtype).chunk(3, -1)
     return tuple(x.view(batch, length, heads, width).transpose(1, 2) for x in joined[1:])
+
+
+def cache_of(layer):
+    cache = StaticCache(config=T5Config(num_layers=1), max_cache_len=7)
+    cache.layers[0] = layer
+    return cache
 
 
 def layers(device, batch, heads, width, dtype, length=7):
@@ -37,7 +44,7 @@ def test_tokens_come_to_their_places(device, batch, heads, width, dtype):
     for count in (2, 3, 4):
         token = tokens(device, batch, heads, width, dtype)
         with rehearsal():
-            assert append_serves(own, *token)
+            assert append_serves(cache_of(own), 0, *token)
         keys, values = append_to_cache(own, *token, own.get_seq_length().clone())
         expected.update(*token)
         assert torch.equal(keys, expected.keys)
@@ -70,18 +77,20 @@ def test_beyond_the_end_the_last_key_becomes_nan(device):
 @torch.no_grad()
 def test_all_else_is_left_to_the_cache(device):
     own, _ = layers(device, 2, 3, 8, torch.bfloat16)
-    token = tokens(device, 2, 3, 8, torch.bfloat16)
-    assert not append_serves(own, *token)
-    other = DynamicLayer()
-    other.update(*token)
+    cache, token = cache_of(own), tokens(device, 2, 3, 8, torch.bfloat16)
+    assert not append_serves(cache, 0, *token)
+    dynamic = DynamicCache()
+    dynamic.update(*token, 0)
+    offloaded = cache_of(own)
+    offloaded.offloading = True
     turned = tuple(x.expand(2, 3, 8, 8).mT[:, :, :1] for x in token)
     with rehearsal():
-        assert append_serves(own, *token)
-        assert not append_serves(StaticLayer(max_cache_len=7), *token)
-        assert not append_serves(other, *token)
-        assert not append_serves(own, *tokens(device, 2, 3, 8, torch.bfloat16, length=2))
-        assert not append_serves(own, *(x.float() for x in token))
-        assert not append_serves(own, *turned)
-        assert not append_serves(own, *(x.double() for x in token))
+        assert append_serves(cache, 0, *token)
+        for other in (dynamic, offloaded, cache_of(StaticLayer(max_cache_len=7))):
+            assert not append_serves(other, 0, *token)
+        assert not append_serves(cache, 0, *tokens(device, 2, 3, 8, torch.bfloat16, length=2))
+        assert not append_serves(cache, 0, *(x.float() for x in token))
+        assert not append_serves(cache, 0, *turned)
+        assert not append_serves(cache, 0, *(x.double() for x in token))
         with torch.enable_grad():
-            assert not append_serves(own, *token)
+            assert not append_serves(cache, 0, *token)
