@@ -129,6 +129,11 @@ def fused_backward_kernel(
     GROUPS: gl.constexpr = num_warps // 4
     FAR_PRODUCT: gl.constexpr = LINE_GRADIENT and PLACES == 0
     HIDDEN: gl.constexpr = BIAS == 1 and HEAD_DIM == 128  # where registers are scarcest
+    # What is formed anew for each tile, lest it be kept from before the loop on. The descriptors of K and V would fill
+    # the uniform registers, whose values then move to a thread's own. With heads of 128 ptxas spills or serializes the
+    # products otherwise; without bias and causality it does neither, and is faster so.
+    HIDDEN_KV: gl.constexpr = HEAD_DIM == 128 and (BIAS == 1 or CAUSAL)
+    HIDDEN_TILE: gl.constexpr = HEAD_DIM == 64 or not CAUSAL
     score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, BLOCK_M, 16])
     kv_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, HEAD_DIM, 16])
     dq_layout: gl.constexpr = gl.NVMMADistributedLayout(
@@ -177,8 +182,8 @@ def fused_backward_kernel(
         far_left = gl.load(p_zero - left) * scale_log2
         far_right = gl.load(p_zero + right) * scale_log2
 
-    k_buf = gl.allocate_shared_memory(element, [BLOCK_N, HEAD_DIM], shared)
-    v_buf = gl.allocate_shared_memory(element, [BLOCK_N, HEAD_DIM], shared)
+    k_buf = gl.allocate_shared_memory(element, [1, BLOCK_N, HEAD_DIM], shared)
+    v_buf = gl.allocate_shared_memory(element, [1, BLOCK_N, HEAD_DIM], shared)
     q_buf = gl.allocate_shared_memory(element, [STAGES, 1, BLOCK_M, 1, HEAD_DIM], q_desc.layout)
     do_buf = gl.allocate_shared_memory(element, [STAGES, 1, BLOCK_M, 1, HEAD_DIM], do_desc.layout)
     bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -192,10 +197,10 @@ def fused_backward_kernel(
     m_key = (n0 + o_key < len_k)[:, None]
     start_n = n0.to(gl.int64)
     async_copy.async_copy_global_to_shared(
-        k_buf, p_k + start_n * stride_kl + (o_key[:, None] * stride_kl + o_d[None, :]), m_key
+        k_buf.index(0), p_k + start_n * stride_kl + (o_key[:, None] * stride_kl + o_d[None, :]), m_key
     )
     async_copy.async_copy_global_to_shared(
-        v_buf, p_v + start_n * stride_vl + (o_key[:, None] * stride_vl + o_d[None, :]), m_key
+        v_buf.index(0), p_v + start_n * stride_vl + (o_key[:, None] * stride_vl + o_d[None, :]), m_key
     )
     if PLACES > 0:
         b_none = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, score_layout)
@@ -248,7 +253,7 @@ def fused_backward_kernel(
     for block in range(first_block, end_block):
         zero = hidden_zero()
         m0 = block * BLOCK_M
-        tile = first_tile + (block + zero) * heads
+        tile = first_tile + (block + (zero if HIDDEN_TILE else 0)) * heads
         offset = n0 - m0 - q_offset
         last_slot = gl.where(slot == 0, STAGES - 1, slot - 1)
         next_slot = gl.where(slot == STAGES - 1, 0, slot + 1)
@@ -259,17 +264,18 @@ def fused_backward_kernel(
         )  # fmt: skip
         q_tile = tile_of(q_buf, slot, BLOCK_M, HEAD_DIM)
         do_tile = tile_of(do_buf, slot, BLOCK_M, HEAD_DIM)
+        k_tile, v_tile = k_buf.index(zero if HIDDEN_KV else 0), v_buf.index(zero if HIDDEN_KV else 0)
         # the products of this tile's scores, and the last two of the tile before, whose dS lies in shared memory
-        b_s = warpgroup_mma(k_buf, q_tile.permute([1, 0]), b_bias, use_acc=is_near, is_async=True)
+        b_s = warpgroup_mma(k_tile, q_tile.permute([1, 0]), b_bias, use_acc=is_near, is_async=True)
         if not LATE_DP:
-            b_dp = warpgroup_mma(v_buf, do_tile.permute([1, 0]), b_zero, use_acc=False, is_async=True)
+            b_dp = warpgroup_mma(v_tile, do_tile.permute([1, 0]), b_zero, use_acc=False, is_async=True)
         b_dk = warpgroup_mma(b_ds16, tile_of(q_buf, last_slot, BLOCK_M, HEAD_DIM), b_dk, is_async=True)
         if FAR_PRODUCT:
             b_far = warpgroup_mma(
                 gl.convert_layout(b_ds16, far_ds_layout), far_buf.index(side).permute([1, 0]), b_far, is_async=True
             )
         b_dq = warpgroup_mma(
-            k_buf.permute([1, 0]), ds_buf.index((block + 1) & 1), b_dq_zero, use_acc=False, is_async=True
+            k_tile.permute([1, 0]), ds_buf.index((block + 1) & 1), b_dq_zero, use_acc=False, is_async=True
         )
         b_lse = row_buf.index(slot).slice(0, BLOCK_M).load(gl.SliceLayout(0, score_layout))
         is_left = offset + (BLOCK_N - 1) <= -left
@@ -280,7 +286,7 @@ def fused_backward_kernel(
         b_p16 = b_p.to(element)
         if LATE_DP:
             b_dk, b_dq, b_far = warpgroup_mma_wait(num_outstanding=0, deps=[b_dk, b_dq, b_far])
-            b_dp = warpgroup_mma(v_buf, do_tile.permute([1, 0]), b_zero, use_acc=False, is_async=True)
+            b_dp = warpgroup_mma(v_tile, do_tile.permute([1, 0]), b_zero, use_acc=False, is_async=True)
             b_dv = warpgroup_mma(gl.convert_layout(b_p16, ds_layout), do_tile, b_dv, is_async=True)
         else:
             b_dv = warpgroup_mma(gl.convert_layout(b_p16, ds_layout), do_tile, b_dv, is_async=True)
@@ -325,7 +331,7 @@ def fused_backward_kernel(
                 gl.convert_layout(b_ds16, far_ds_layout), far_buf.index(side).permute([1, 0]), b_far, is_async=True
             )
         b_dq = warpgroup_mma(
-            k_buf.permute([1, 0]), ds_buf.index((end_block + 1) & 1), b_dq_zero, use_acc=False, is_async=True
+            k_buf.index(0).permute([1, 0]), ds_buf.index((end_block + 1) & 1), b_dq_zero, use_acc=False, is_async=True
         )
         b_dk, b_dq, b_far = warpgroup_mma_wait(num_outstanding=0, deps=[b_dk, b_dq, b_far])
         add_dq(p_dq_tiles, first_tile + (end_block - 1) * heads, b_dq, HEAD_DIM, BLOCK_M, HIDDEN)
