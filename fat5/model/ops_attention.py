@@ -1,7 +1,6 @@
 """Attention with T5's position bias at the cost of attention without it: the public function and its operators."""
 
 import functools
-import os
 import warnings
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -25,7 +24,7 @@ from .ops_attention_bias import (
 from .ops_attention_checks import check_bias, check_devices, check_layout, check_numbers
 from .ops_attention_problem import Problem, addressable
 from .ops_attention_reference import reference_attention
-from .ops_operator import is_transformed, is_watched, operator
+from .ops_operator import INTERPRETED, is_transformed, is_watched, operator
 
 try:
     import triton  # noqa: F401  (named here so that the loader of remote code sees a guarded import)
@@ -43,8 +42,6 @@ except ImportError as error:
             f"an import fails ({error.__cause__ or error}).",
             stacklevel=2,
         )
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def kernels_serve(device: torch.device) -> bool:

@@ -6,6 +6,7 @@ code calls the same functions directly, under an `autograd.Function`.
 """
 
 import functools
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,9 @@ from torch.autograd.function import once_differentiable
 
 from .ops_graph import is_captured
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 FEW_ELEMENTS = 1 << 18  # 64 rows of 4096: a pass over them is a microsecond
+FEW_ELEMENTS_OF_A_CPU = 1 << 13
 
 
 class Operator:
@@ -88,11 +91,14 @@ def is_launch_bound(x: torch.Tensor) -> bool:
     """Whether work on `x` takes longer to launch than to run, as it does for the few tokens of a decoding step.
 
     Launching one of Triton's kernels takes as long as launching three or four of torch's, which then serve better: on a
-    GPU, without gradients, and not in a graph, which launches all alike.
+    GPU, without gradients, and not in a graph, which launches all alike. On a CPU there are none of Triton's, unless
+    they are interpreted, but then each of torch's operations counts.
     """
-    if not x.is_cuda or x.numel() > FEW_ELEMENTS or torch.is_grad_enabled():
+    if torch.is_grad_enabled() or is_watched() or (INTERPRETED and not x.is_cuda):
         return False
-    return not (is_watched() or is_transformed() or is_captured(x.device))
+    if x.numel() > (FEW_ELEMENTS if x.is_cuda else FEW_ELEMENTS_OF_A_CPU):
+        return False
+    return not (is_transformed() or is_captured(x.device))
 
 
 def is_watched() -> bool:
