@@ -4,11 +4,12 @@
 millisecond to see that nothing has changed. Here that is looked for once a cache, and so once a call of `generate`.
 """
 
+import gc
 import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, MutableMapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from .ops_operator import is_watched
 
 MOST_SHAPES = 4
 MOST_GRAPHS = 4  # of the same shapes: one for each cache that is used at a time
-MOST_BYTES = 1 << 30  # of a cache that is moved; steps with larger ones take so long that a capture matters little
+MOST_BYTES = 1 << 29  # of a cache that is moved; steps with larger ones take so long that a capture matters little
 ALIGNMENT = 512  # bytes, as torch's allocator aligns
 TENSORS = ("keys", "values", "cumulative_length")  # of a layer of a static cache
 NAMES = {"decoder_input_ids", "encoder_outputs", "past_key_values", "use_cache", "return_dict"}
@@ -37,15 +38,16 @@ class DecodingGraphs:
 
     A step of new shapes runs as it is, by the kernels of a graph, which are compiled by that; the next one is captured.
     A graph serves only where the cache lies that it was captured with. So the cache of the next call of `generate` with
-    these shapes is moved to memory of their own, where later ones find the place of one that has gone.
+    these shapes is moved to memory that is kept for that, and so are later ones, unless the last is still in use.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._state: Facts | None = None
         self._room: MutableMapping[EncoderDecoderCache, int] = weakref.WeakKeyDictionary()  # tokens that graphs may add
-        self._shapes: OrderedDict[Facts, _GraphsOfShapes] = OrderedDict()
+        self._graphs: OrderedDict[Facts, OrderedDict[Facts, _CapturedStep]] = OrderedDict()  # by shapes, then places
         self._pool: Any = None  # of what graphs compute in between, one after the other
+        self._memory: Tensor | None = None  # bytes, of one cache at a time
 
     def look_again(self) -> None:
         """Look whether the model has changed before the next step, even if its cache is not new."""
@@ -68,13 +70,13 @@ class DecodingGraphs:
         if self._room[cache] == 0:  # a full cache is to say so itself
             return None
         self._room[cache] -= 1
-        if shapes not in self._shapes:
+        if shapes not in self._graphs:
             with rehearsal():
                 output = model(**inputs)
             self._keep_for(shapes)
             return output
-        self._shapes.move_to_end(shapes)
-        graphs = self._shapes[shapes].graphs
+        self._graphs.move_to_end(shapes)
+        graphs = self._graphs[shapes]
         places = tuple(places_of(cache))
         if places not in graphs:
             if len(graphs) == MOST_GRAPHS:
@@ -92,50 +94,46 @@ class DecodingGraphs:
         """Look at the model and the cache. What was captured is forgotten if the model has changed since."""
         state = state_of(model)
         if state != self._state:
-            if self._shapes:
+            if self._graphs:
                 torch.cuda.synchronize()
-            self._shapes.clear()
+            self._graphs.clear()
             self._room.clear()
+            self._memory = None
         self._state = state
         own = layers_of(cache)[0]
         self._room[cache] = 0 if state is None else own.max_cache_len - int(own.cumulative_length)
         is_lasting = getattr(cache, "_is_user_defined", False)  # and so where its owner may know it to be
-        if shapes in self._shapes and not is_lasting and tuple(places_of(cache)) not in self._shapes[shapes].graphs:
-            with suppress(torch.OutOfMemoryError):
-                with_free_memory(lambda: self._shapes[shapes].move(cache))
+        if shapes in self._graphs and not is_lasting and tuple(places_of(cache)) not in self._graphs[shapes]:
+            self._move(cache)
 
-    def _keep_for(self, shapes: Facts) -> None:
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-        while len(self._shapes) >= MOST_SHAPES:
-            torch.cuda.synchronize()
-            self._shapes.popitem(last=False)
-        self._shapes[shapes] = _GraphsOfShapes()
-
-    def __reduce__(self) -> Any:
-        """A copy or pickle of the model begins with none, as graphs belong to the memory they were captured for."""
-        return DecodingGraphs, ()
-
-
-class _GraphsOfShapes:
-    """The graphs for steps of the same shapes, by where their caches lie, and memory for such caches."""
-
-    def __init__(self) -> None:
-        self.graphs: OrderedDict[Facts, _CapturedStep] = OrderedDict()
-        self._memory: Any = None
-
-    def move(self, cache: EncoderDecoderCache) -> None:
-        """Have the cache lie in this memory in one piece, which finds the place of the last one; not a large one."""
+    def _move(self, cache: EncoderDecoderCache) -> None:
+        """Have the cache lie in the memory that is kept, unless it is large, or another one lies there."""
         tensors = {(layer, name): getattr(layer, name) for layer in layers_of(cache) for name in TENSORS}
         sizes = [-(-x.nbytes // ALIGNMENT) * ALIGNMENT for x in tensors.values()]
         if sum(sizes) > MOST_BYTES or not all(x.is_contiguous() for x in tensors.values()):
             return
-        if self._memory is None:
-            self._memory = torch.cuda.MemPool(use_on_oom=True)
-        with torch.cuda.use_mem_pool(self._memory):
-            memory = torch.empty(sum(sizes), dtype=torch.uint8, device=next(iter(tensors.values())).device)
-        for ((layer, name), x), part in zip(tensors.items(), memory.split(sizes), strict=True):
+        if self._memory is None or self._memory.nbytes < sum(sizes):
+            self._memory = None
+            device = next(iter(tensors.values())).device
+            with suppress(torch.OutOfMemoryError), torch.inference_mode(False):
+                self._memory = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
+        if self._memory is None or is_shared(self._memory):
+            return
+        parts = self._memory[: sum(sizes)].split(sizes)
+        for ((layer, name), x), part in zip(tensors.items(), parts, strict=True):
             setattr(layer, name, part[: x.nbytes].view(x.dtype).view(x.shape).copy_(x))
+
+    def _keep_for(self, shapes: Facts) -> None:
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        while len(self._graphs) >= MOST_SHAPES:
+            torch.cuda.synchronize()
+            self._graphs.popitem(last=False)
+        self._graphs[shapes] = OrderedDict()
+
+    def __reduce__(self) -> Any:
+        """A copy or pickle of the model begins with none, as graphs belong to the memory they were captured for."""
+        return DecodingGraphs, ()
 
 
 class _CapturedStep:
@@ -148,7 +146,7 @@ class _CapturedStep:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         # not by `torch.cuda.graph`, which first waits for the device and gives its free memory back
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(stream), no_garbage_collection():
             self.graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
                 self.logits = model(**{**inputs, **self.inputs}).logits
@@ -171,10 +169,30 @@ class _CapturedStep:
         )
 
 
+@contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """What is collected during a capture may be what may not go during one: memory pools, say."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def is_shared(x: Tensor) -> bool:
+    """Whether another tensor lies in the memory of this one."""
+    return holders(x) > holders(torch.empty(0))
+
+
+def holders(x: Tensor) -> int:
+    """How many hold the memory of a tensor, itself and this question among them."""
+    return torch._C._storage_Use_Count(x.untyped_storage()._cdata)
+
+
 def with_free_memory(work: Callable[[], Any]) -> Any:
-    """What `work` returns. It is tried again with the memory that the allocator holds free, which a capture and a pool
-    cannot reach.
-    """
+    """What `work` returns, at the second try with what the allocator holds free, which a capture cannot reach."""
     try:
         return work()
     except torch.OutOfMemoryError:
