@@ -175,16 +175,16 @@ def measure(name: str, head_dim: int, length: int, tokens: int, causal: bool, re
 
 
 def check_kernels() -> tuple[list[dict], list[str]]:
-    """Resources of the kernels that were launched, and which of them spill more than is known or do not fit."""
+    """Resources of the kernels that were launched, and what is wrong with them: spills, say, or no room."""
     if not ON_GPU:
         return [], []
-    from kernel_resources import KNOWN_SPILLS, SHARED_MEMORY, compiled_so_far
+    from kernel_resources import SHARED_MEMORY, TUNED, compiled_so_far, complaint
 
     major, minor = torch.cuda.get_device_capability()
     kernels, wrong = compiled_so_far(), []
     for kernel in kernels:
-        if kernel["stack"] > KNOWN_SPILLS.get(kernel["kernel"], kernel["stack"]):
-            wrong.append(f"{kernel['kernel']} spills {kernel['stack']} bytes")
+        if kernel["kernel"] in TUNED and (about := complaint(kernel)):
+            wrong.append(about)
         if kernel["shared"] > SHARED_MEMORY[10 * major + minor]:
             wrong.append(f"{kernel['kernel']} wants {kernel['shared']} bytes of shared memory")
     return kernels, wrong
