@@ -25,12 +25,13 @@ MOST_SHAPES = 4
 MOST_GRAPHS = 4  # of the same shapes: one for each cache that is used at a time
 MOST_BYTES = 1 << 29  # of a cache that is moved; steps with larger ones take so long that a capture matters little
 ALIGNMENT = 512  # bytes, as torch's allocator aligns
-TENSORS = ("keys", "values", "cumulative_length")  # of a layer of a static cache
 NAMES = {"decoder_input_ids", "encoder_outputs", "past_key_values", "use_cache", "return_dict"}
 PLAIN_CODE = ("torch.nn.modules.", "transformers.activations")
 """Where the modules are from whose calls depend on nothing but their weights and input."""
 
 Facts = tuple[Any, ...]
+
+_lock = threading.Lock()  # of all models: a capture is disturbed by what others free or wait for
 
 
 class DecodingGraphs:
@@ -42,21 +43,23 @@ class DecodingGraphs:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
         self._state: Facts | None = None
         self._room: MutableMapping[EncoderDecoderCache, int] = weakref.WeakKeyDictionary()  # tokens that graphs may add
         self._graphs: OrderedDict[Facts, OrderedDict[Facts, _CapturedStep]] = OrderedDict()  # by shapes, then places
         self._pool: Any = None  # of what graphs compute in between, one after the other
-        self._memory: Tensor | None = None  # bytes, of one cache at a time
+        self._stream: Any = None  # on which they are captured
+        self._memory: tuple[Tensor, Tensor] | None = (
+            None  # bytes of keys and values, and counts, of one cache at a time
+        )
 
     def look_again(self) -> None:
         """Look whether the model has changed before the next step, even if its cache is not new."""
-        with self._lock:
+        with _lock:
             self._room.clear()
 
     def step(self, model: nn.Module, otherwise: Callable[..., Any], **inputs: Any) -> Any:
         """The model's output for a step of `generate`; what cannot be captured is left to `otherwise`."""
-        with self._lock:
+        with _lock:
             output = self._step(model, inputs)
         return otherwise(**inputs) if output is None else output
 
@@ -76,60 +79,80 @@ class DecodingGraphs:
             self._keep_for(shapes)
             return output
         self._graphs.move_to_end(shapes)
-        graphs = self._graphs[shapes]
         places = tuple(places_of(cache))
-        if places not in graphs:
-            if len(graphs) == MOST_GRAPHS:
-                torch.cuda.synchronize()  # the oldest may still run
-                graphs.popitem(last=False)
+        if places not in self._graphs[shapes]:
+            self._make_room(self._graphs[shapes], MOST_GRAPHS)
             try:
-                graphs[places] = with_free_memory(lambda: _CapturedStep(model, inputs, self._pool))
+                captured = with_free_memory(lambda: self._capture(model, inputs))
             except torch.OutOfMemoryError:
                 self._room[cache] = 0
                 return None
-        graphs.move_to_end(places)
-        return graphs[places].replay(inputs)
+            self._graphs.setdefault(shapes, OrderedDict())[places] = captured
+        self._graphs[shapes].move_to_end(places)
+        return self._graphs[shapes][places].replay(inputs)
 
     def _begin(self, model: nn.Module, cache: EncoderDecoderCache, shapes: Facts) -> None:
         """Look at the model and the cache. What was captured is forgotten if the model has changed since."""
         state = state_of(model)
+        if state is None:  # for now: what was captured may serve again
+            self._room[cache] = 0
+            return
         if state != self._state:
-            if self._graphs:
-                torch.cuda.synchronize()
-            self._graphs.clear()
+            self._forget()
             self._room.clear()
-            self._memory = None
         self._state = state
         own = layers_of(cache)[0]
-        self._room[cache] = 0 if state is None else own.max_cache_len - int(own.cumulative_length)
+        self._room[cache] = own.max_cache_len - int(own.cumulative_length)
         is_lasting = getattr(cache, "_is_user_defined", False)  # and so where its owner may know it to be
         if shapes in self._graphs and not is_lasting and tuple(places_of(cache)) not in self._graphs[shapes]:
             self._move(cache)
 
     def _move(self, cache: EncoderDecoderCache) -> None:
         """Have the cache lie in the memory that is kept, unless it is large, or another one lies there."""
-        tensors = {(layer, name): getattr(layer, name) for layer in layers_of(cache) for name in TENSORS}
+        tensors = {(layer, name): getattr(layer, name) for layer in layers_of(cache) for name in ("keys", "values")}
         sizes = [-(-x.nbytes // ALIGNMENT) * ALIGNMENT for x in tensors.values()]
+        own: list[Any] = cache.self_attention_cache.layers
         if sum(sizes) > MOST_BYTES or not all(x.is_contiguous() for x in tensors.values()):
             return
-        if self._memory is None or self._memory.nbytes < sum(sizes):
+        if self._memory is None or self._memory[0].nbytes < sum(sizes) or len(self._memory[1]) < len(own):
             self._memory = None
-            device = next(iter(tensors.values())).device
             with suppress(torch.OutOfMemoryError), torch.inference_mode(False):
-                self._memory = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
-        if self._memory is None or is_shared(self._memory):
+                device = next(iter(tensors.values())).device
+                counts = torch.empty((len(own), ALIGNMENT // 8), dtype=torch.int64, device=device)
+                self._memory = torch.empty(sum(sizes), dtype=torch.uint8, device=device), counts
+        if self._memory is None or any(map(is_shared, self._memory)):
             return
-        parts = self._memory[: sum(sizes)].split(sizes)
-        for ((layer, name), x), part in zip(tensors.items(), parts, strict=True):
+        memory, counts = self._memory
+        for ((layer, name), x), part in zip(tensors.items(), memory[: sum(sizes)].split(sizes), strict=True):
             setattr(layer, name, part[: x.nbytes].view(x.dtype).view(x.shape).copy_(x))
+        for layer, count in zip(own, counts[:, 0], strict=False):
+            layer.cumulative_length = count.copy_(layer.cumulative_length)
 
     def _keep_for(self, shapes: Facts) -> None:
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-        while len(self._graphs) >= MOST_SHAPES:
-            torch.cuda.synchronize()
-            self._graphs.popitem(last=False)
+        self._make_room(self._graphs, MOST_SHAPES)
         self._graphs[shapes] = OrderedDict()
+
+    def _capture(self, model: nn.Module, inputs: dict[str, Any]) -> "_CapturedStep":
+        if not any(self._graphs.values()):  # a pool ends with the last of its graphs
+            self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+        try:
+            return _CapturedStep(model, inputs, self._pool, self._stream)
+        except BaseException:
+            with suppress(RuntimeError):
+                self._forget()  # the pool, too, may be left in the middle of a capture
+            raise
+
+    def _forget(self) -> None:
+        self._make_room(self._graphs, 1)
+        self._memory = None
+
+    @staticmethod
+    def _make_room(graphs: OrderedDict[Facts, Any], most: int) -> None:
+        """Have one more fit in, those go that have not been used for longest."""
+        if len(graphs) >= most:
+            torch.cuda.current_stream().synchronize()  # they may still run
+        while len(graphs) >= most:
+            graphs.popitem(last=False)
 
     def __reduce__(self) -> Any:
         """A copy or pickle of the model begins with none, as graphs belong to the memory they were captured for."""
@@ -139,14 +162,12 @@ class DecodingGraphs:
 class _CapturedStep:
     """One graph, with the memory that it reads its inputs from."""
 
-    def __init__(self, model: nn.Module, inputs: dict[str, Any], pool: Any) -> None:
+    def __init__(self, model: nn.Module, inputs: dict[str, Any], pool: Any, stream: Any) -> None:
         self.inputs = writable_copies(read_in_a_step(inputs))
         self.graph = torch.cuda.CUDAGraph()
-        torch._C._cuda_clearCublasWorkspaces()  # or else the graph might use one that another pool takes back
-        stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         # not by `torch.cuda.graph`, which first waits for the device and gives its free memory back
-        with torch.cuda.stream(stream), no_garbage_collection():
+        with torch.cuda.stream(stream), own_workspaces(), no_garbage_collection():
             self.graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
                 self.logits = model(**{**inputs, **self.inputs}).logits
@@ -167,6 +188,16 @@ class _CapturedStep:
             past_key_values=inputs["past_key_values"],
             encoder_last_hidden_state=inputs["encoder_outputs"].last_hidden_state,
         )
+
+
+@contextmanager
+def own_workspaces() -> Iterator[None]:
+    """Have cuBLAS allocate anew here, where it is from a graph's memory, and again afterwards."""
+    torch._C._cuda_clearCublasWorkspaces()
+    try:
+        yield
+    finally:
+        torch._C._cuda_clearCublasWorkspaces()
 
 
 @contextmanager
@@ -195,8 +226,9 @@ def with_free_memory(work: Callable[[], Any]) -> Any:
     """What `work` returns, at the second try with what the allocator holds free, which a capture cannot reach."""
     try:
         return work()
-    except torch.OutOfMemoryError:
-        torch.cuda.empty_cache()
+    except torch.OutOfMemoryError:  # which holds what was allocated before it, as long as it is handled
+        pass
+    torch.cuda.empty_cache()
     return work()
 
 
@@ -247,10 +279,13 @@ def layers_of(cache: EncoderDecoderCache) -> list[Any]:
 
 
 def places_of(cache: EncoderDecoderCache) -> Iterator[int]:
-    """Where the tensors of a cache lie."""
+    """Where the tensors of a cache lie that a step reads or writes."""
     for layer in layers_of(cache):
-        for name in TENSORS:
-            yield getattr(layer, name).data_ptr()
+        yield layer.keys.data_ptr()
+        yield layer.values.data_ptr()
+    own: list[Any] = cache.self_attention_cache.layers
+    for layer in own:
+        yield layer.cumulative_length.data_ptr()
 
 
 def state_of(model: nn.Module) -> Facts | None:
@@ -277,7 +312,8 @@ def state_of(model: nn.Module) -> Facts | None:
         in_training = module.training and kind not in (nn.Linear, nn.Embedding)  # to which it makes no difference
         if in_training or module._compiled_call_impl is not None or not is_untouched(module, kind):
             return None
-        numbers = [x for x in vars(module).values() if isinstance(x, int | float | str)]  # epsilons and the like
+        plain = {name: x for name, x in vars(module).items() if isinstance(x, int | float | str)}  # epsilons, say
+        numbers = [x for name, x in plain.items() if not name.startswith("_")]
         modules.append((id(module), kind, numbers))
         for x in (*module._parameters.values(), *module._buffers.values()):
             if x is None:

@@ -5,6 +5,7 @@ Without a GPU a class stands in for the captured step, and what is tested is whe
 
 import copy
 import pickle
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -27,13 +28,24 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+class Pool:
+    """Stands in for the memory of graphs, which ends with the last of them."""
+
+    graphs = 0
+    is_gone = False
+
+    def leave(self):
+        self.graphs -= 1
+        self.is_gone = self.graphs == 0
+
+
 class Replays:
     """Stands in for a captured step: runs the model as the graph would, on the inputs and weights of the capture."""
 
-    made = 0
-
-    def __init__(self, model, inputs, pool):
-        type(self).made += 1
+    def __init__(self, model, inputs, pool, stream):
+        assert not pool.is_gone
+        pool.graphs += 1
+        weakref.finalize(self, pool.leave)
         self.inputs = decoding_graphs.writable_copies(decoding_graphs.read_in_a_step(inputs))
         self.model = model
         self.places = list(decoding_graphs.places_of(inputs["past_key_values"]))
@@ -48,20 +60,21 @@ class Replays:
 
 @pytest.fixture(autouse=True)
 def made(monkeypatch):
-    """The steps that are captured, in turn."""
+    """As long as the number of steps that were captured."""
     captured = []
     step = decoding_graphs._CapturedStep if ON_GPU else Replays
 
-    def capture(model, inputs, pool):
-        captured.append(step(model, inputs, pool))
-        return captured[-1]
+    def capture(*arguments):
+        captured.append(len(captured))
+        return step(*arguments)
 
     monkeypatch.setattr(decoding_graphs, "_CapturedStep", capture)
     if not ON_GPU:
         monkeypatch.setattr(decoding_graphs, "has_graphs", lambda device: True)
-        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: torch.Stream("cpu"))
         monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-        monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", Pool)
+        monkeypatch.setattr(torch.cuda, "Stream", object)
     return captured
 
 
@@ -375,6 +388,40 @@ def test_a_full_cache_is_left_to_say_so(made):
 
 
 @torch.no_grad()
+def test_longer_caches_and_training_in_between_cost_no_graph(made):
+    model = build()
+    given = {name: x for name, x in draw().items() if name in ("input_ids", "attention_mask")}
+    config = CompileConfig()
+    config._compile_all_devices = True
+    options = {"do_sample": False, "cache_implementation": "static", "compile_config": config}
+    for tokens in (6, 6, 6, 9, 9, 9):
+        model.generate(**given, **options, max_new_tokens=tokens, min_new_tokens=tokens)
+    assert len(made) == 4
+    check(model.train().eval(), draw())
+    before = len(made)
+    model.train()
+    with pytest.raises(LeftToCompileError):
+        continued(model, begin(model, draw()), draw()["decoder_input_ids"][:, 1:2])
+    model.eval()
+    model.generate(**given, **options, max_new_tokens=9, min_new_tokens=9)
+    assert len(made) == before
+
+
+@torch.no_grad()
+def test_a_moved_cache_can_be_compiled_with():
+    model, inputs = build(), draw()
+    check(model, inputs)
+    given = begin(model, inputs)
+    continued(model, given, inputs["decoder_input_ids"][:, 1:2])
+    assert decoding_graphs.is_shared(model._decoding_graphs._memory[0])
+    step = torch.compile(model.forward, backend="aot_eager")
+    got = step(**given, decoder_input_ids=inputs["decoder_input_ids"][:, 2:3]).logits
+    of_all = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
+    expected = model(**of_all, decoder_input_ids=inputs["decoder_input_ids"][:, :3]).logits[:, 2:]
+    assert relative_error(got, expected) < TOLERANCE
+
+
+@torch.no_grad()
 def test_a_rehearsal_that_failed_is_repeated(made, monkeypatch):
     model, inputs = build(), draw()
     given, token = begin(model, inputs), inputs["decoder_input_ids"][:, 1:2]
@@ -459,9 +506,9 @@ def test_a_cache_that_somebody_holds_is_not_written_to():
         check(model, draw())
         assert torch.equal(values, before)
         del values
-    assert decoding_graphs.is_shared(model._decoding_graphs._memory)
+    assert decoding_graphs.is_shared(model._decoding_graphs._memory[0])
     held.clear()
-    assert not decoding_graphs.is_shared(model._decoding_graphs._memory)
+    assert not decoding_graphs.is_shared(model._decoding_graphs._memory[0])
 
 
 @pytest.mark.gpu
