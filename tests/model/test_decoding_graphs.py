@@ -397,6 +397,7 @@ def test_longer_caches_and_training_in_between_cost_no_graph(made):
     for tokens in (6, 6, 6, 9, 9, 9):
         model.generate(**given, **options, max_new_tokens=tokens, min_new_tokens=tokens)
     assert len(made) == 4
+    assert len(model._decoding_graphs._graphs) == 2
     check(model.train().eval(), draw())
     before = len(made)
     model.train()
@@ -468,6 +469,24 @@ def test_a_large_cache_and_one_of_the_users_stay_where_they_are(monkeypatch):
         continued(model, given, inputs["decoder_input_ids"][:, 1:3])
         stays = given["past_key_values"].self_attention_cache.layers[0].keys is keys
         assert stays == (lasting or most == 0)
+
+
+@torch.no_grad()
+def test_steps_wait_for_one_another():
+    model, inputs = build(), draw()
+    given = begin(model, inputs)
+    model.get_compiled_call(None)
+
+    def run():
+        with torch.no_grad():
+            return step(model, **given, decoder_input_ids=inputs["decoder_input_ids"][:, 1:2])
+
+    with ThreadPoolExecutor(1) as pool:
+        with decoding_graphs._lock:
+            waiting = pool.submit(run)
+            with pytest.raises(TimeoutError):
+                waiting.result(timeout=1)
+        assert waiting.result(timeout=60).logits.isfinite().all()
 
 
 def test_threads_share_a_model(made):
