@@ -6,7 +6,7 @@ from interpreter import DEVICE, INTERPRETED, needs_kernels, run_interpreted, ser
 from model_parity import batch, build_flash, build_stock, relative_error
 from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig
-from transformers.cache_utils import DynamicCache, EncoderDecoderCache, StaticCache
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache, StaticCache, StaticLayer
 
 import fat5.model.attention
 import fat5.model.layers_flash_t5
@@ -103,7 +103,8 @@ def test_steps_are_as_accurate_as_without(family, padding, static, kernels):
     layers = (LENGTHS[1] - 1) * SHAPE["num_layers"]  # the first step may be packed
     gated = family != "t5"
     assert calls["decode_attention"] >= 2 * layers
-    assert calls["append_to_cache"] >= layers if static else calls["append_to_cache"] == 0
+    appends = static and hasattr(StaticLayer(max_cache_len=1), "cumulative_length")  # not in transformers 4
+    assert calls["append_to_cache"] >= layers if appends else calls["append_to_cache"] == 0
     assert calls["few_rows_linear"] >= (5 if gated else 6) * layers
     assert calls["gated_linear"] >= layers if gated else calls["gated_linear"] == 0
     assert (got - exact).norm() <= 2 * (plain - exact).norm() + 1e-3 * exact.norm()
