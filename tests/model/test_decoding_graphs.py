@@ -5,126 +5,39 @@ Without a GPU a class stands in for the captured step, and what is tested is whe
 
 import copy
 import pickle
-import weakref
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from model_parity import batch, build_flash, build_stock, relative_error
+from decoding_steps import (
+    COMPILE,
+    DEVICE,
+    TOLERANCE,
+    LeftToCompileError,
+    begin,
+    build,
+    check,
+    continued,
+    count_captures,
+    draw,
+    needs_counting_caches,
+    step,
+)
+from model_parity import relative_error
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CompileConfig
-from transformers.cache_utils import DynamicCache, EncoderDecoderCache, StaticCache, StaticLayer
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache, StaticCache
 
 from fat5.model import decoding_graphs
 
-ON_GPU = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if ON_GPU else "cpu")
-TOLERANCE = 2e-3 if ON_GPU else 1e-5  # fp32; on a GPU torch's products may be in TF32
-pytestmark = pytest.mark.skipif(
-    not hasattr(StaticLayer(max_cache_len=1), "cumulative_length"),
-    reason="the static caches of transformers 4 do not count their tokens",
-)
-
-
-class Pool:
-    """Stands in for the memory of graphs, which ends with the last of them."""
-
-    graphs = 0
-    is_gone = False
-
-    def leave(self):
-        self.graphs -= 1
-        self.is_gone = self.graphs == 0
-
-
-class Replays:
-    """Stands in for a captured step: runs the model as the graph would, on the inputs and weights of the capture."""
-
-    def __init__(self, model, inputs, pool, stream):
-        assert not pool.is_gone
-        pool.graphs += 1
-        weakref.finalize(self, pool.leave)
-        self.inputs = decoding_graphs.writable_copies(decoding_graphs.read_in_a_step(inputs))
-        self.model = model
-        self.places = list(decoding_graphs.places_of(inputs["past_key_values"]))
-
-    def replay(self, inputs):
-        """The model's output, where the graph would find the cache that it was captured with."""
-        assert list(decoding_graphs.places_of(inputs["past_key_values"])) == self.places
-        for name, x in decoding_graphs.read_in_a_step(inputs).items():
-            self.inputs[name].copy_(x)
-        return self.model(**{**inputs, **self.inputs})
+pytestmark = needs_counting_caches
 
 
 @pytest.fixture(autouse=True)
 def made(monkeypatch):
     """As long as the number of steps that were captured."""
-    captured = []
-    step = decoding_graphs._CapturedStep if ON_GPU else Replays
-
-    def capture(*arguments):
-        captured.append(len(captured))
-        return step(*arguments)
-
-    monkeypatch.setattr(decoding_graphs, "_CapturedStep", capture)
-    if not ON_GPU:
-        monkeypatch.setattr(decoding_graphs, "has_graphs", lambda device: True)
-        monkeypatch.setattr(torch.cuda, "current_stream", lambda: torch.Stream("cpu"))
-        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-        monkeypatch.setattr(torch.cuda, "graph_pool_handle", Pool)
-        monkeypatch.setattr(torch.cuda, "Stream", object)
-    return captured
-
-
-def build(family="t5_v1_1", attention="fat5", **overrides):
-    return build_flash(family, build_stock(family, **overrides), attention, **overrides).to(DEVICE).eval()
-
-
-def draw(padding="right", **lengths):
-    return {name: x.to(DEVICE) for name, x in batch(padding, **lengths).items()}
-
-
-def begin(model, inputs, cache=None):
-    """What `generate` has after the first token."""
-    encoder = model.encoder(inputs["input_ids"], attention_mask=inputs["attention_mask"], return_dict=True)
-    if cache is None:
-        config = model.config.get_text_config(decoder=True)
-        cache = EncoderDecoderCache(*(StaticCache(config=config, max_cache_len=n) for n in (9, encoder[0].shape[1])))
-    given = {"encoder_outputs": encoder, "attention_mask": inputs["attention_mask"], "past_key_values": cache}
-    given |= {"use_cache": True, "return_dict": True}
-    model(**given, decoder_input_ids=inputs["decoder_input_ids"][:, :1])
-    return given
-
-
-class LeftToCompileError(Exception):
-    """What stands for torch.compile was called."""
-
-
-def otherwise(**inputs):
-    raise LeftToCompileError
-
-
-def step(model, **inputs):
-    if "_decoding_graphs" not in vars(model):
-        model.get_compiled_call(None)
-    return model._decoding_graphs.step(model, otherwise, **inputs)
-
-
-def continued(model, given, ids):
-    """Logits `[B, L, V]` of tokens `[B, L]`, step by step."""
-    return torch.cat([step(model, **given, decoder_input_ids=x).logits for x in ids.split(1, dim=1)], dim=1)
-
-
-def check(model, inputs, tokens=6):
-    """Steps give the logits of one call for all tokens."""
-    ids = inputs["decoder_input_ids"][:, :tokens]
-    given = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
-    expected = model(**given, decoder_input_ids=ids).logits[:, 1:]
-    got = continued(model, begin(model, inputs), ids[:, 1:])
-    assert relative_error(got, expected) < TOLERANCE
-    return got
+    return count_captures(monkeypatch)
 
 
 @torch.no_grad()
@@ -344,10 +257,8 @@ def test_generate_takes_graphs_unless_compile_is_asked_for_something_else(made):
     given = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
     expected = model.generate(**given, **options)
-    config = CompileConfig()
-    config._compile_all_devices = True
     for _ in range(2):
-        got = model.generate(**given, **options, cache_implementation="static", compile_config=config)
+        got = model.generate(**given, **options, cache_implementation="static", compile_config=COMPILE)
         assert torch.equal(got, expected)
         assert made
     captured = len(made)
@@ -356,195 +267,3 @@ def test_generate_takes_graphs_unless_compile_is_asked_for_something_else(made):
     got = model.generate(**given, **options, cache_implementation="static", compile_config=plain)
     assert torch.equal(got, expected)
     assert len(made) == captured
-
-
-@torch.no_grad()
-def test_an_output_is_not_overwritten_by_the_next(made):
-    model, inputs = build(), draw()
-    given = begin(model, inputs)
-    kept = []
-    for token in inputs["decoder_input_ids"][:, 1:5].split(1, dim=1):
-        logits = step(model, **given, decoder_input_ids=token).logits
-        kept.append((logits, logits.clone()))
-    assert all(torch.equal(*pair) for pair in kept)
-    assert not torch.equal(kept[-1][0], kept[-2][0])
-
-
-def test_a_graph_serves_in_and_out_of_inference_mode(made):
-    model, inputs = build(), draw()
-    for mode in (torch.inference_mode, torch.no_grad) * 3:
-        with mode():
-            check(model, inputs)
-    assert len(made) == 2  # the cache's own place, and that where later ones lie
-
-
-@torch.no_grad()
-def test_a_full_cache_is_left_to_say_so(made):
-    model, inputs = build(), draw()
-    given, ids = begin(model, inputs), inputs["decoder_input_ids"]
-    continued(model, given, ids[:, 1:9])
-    with pytest.raises(LeftToCompileError):
-        continued(model, given, ids[:, 9:10])
-
-
-@torch.no_grad()
-def test_longer_caches_and_training_in_between_cost_no_graph(made):
-    model = build()
-    given = {name: x for name, x in draw().items() if name in ("input_ids", "attention_mask")}
-    config = CompileConfig()
-    config._compile_all_devices = True
-    options = {"do_sample": False, "cache_implementation": "static", "compile_config": config}
-    for tokens in (6, 6, 6, 9, 9, 9):
-        model.generate(**given, **options, max_new_tokens=tokens, min_new_tokens=tokens)
-    assert len(made) == 4
-    assert len(model._decoding_graphs._graphs) == 2
-    check(model.train().eval(), draw())
-    before = len(made)
-    model.train()
-    with pytest.raises(LeftToCompileError):
-        continued(model, begin(model, draw()), draw()["decoder_input_ids"][:, 1:2])
-    model.eval()
-    model.generate(**given, **options, max_new_tokens=9, min_new_tokens=9)
-    assert len(made) == before
-
-
-@torch.no_grad()
-def test_a_moved_cache_can_be_compiled_with():
-    model, inputs = build(), draw()
-    check(model, inputs)
-    given = begin(model, inputs)
-    continued(model, given, inputs["decoder_input_ids"][:, 1:2])
-    assert decoding_graphs.is_shared(model._decoding_graphs._memory[0])
-    step = torch.compile(model.forward, backend="aot_eager")
-    got = step(**given, decoder_input_ids=inputs["decoder_input_ids"][:, 2:3]).logits
-    of_all = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
-    expected = model(**of_all, decoder_input_ids=inputs["decoder_input_ids"][:, :3]).logits[:, 2:]
-    assert relative_error(got, expected) < TOLERANCE
-
-
-@torch.no_grad()
-def test_a_rehearsal_that_failed_is_repeated(made, monkeypatch):
-    model, inputs = build(), draw()
-    given, token = begin(model, inputs), inputs["decoder_input_ids"][:, 1:2]
-    with monkeypatch.context() as patch:
-        patch.setattr(type(model), "forward", lambda *_, **__: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            continued(model, given, token)
-    continued(model, given, token)
-    assert not made
-
-
-@torch.no_grad()
-def test_without_memory_for_a_graph_the_rest_is_left_to_compile(made, monkeypatch):
-    model, inputs = build(), draw()
-    ids = inputs["decoder_input_ids"]
-    tried = []
-
-    def fail(*_, **__):
-        tried.append(True)
-        raise torch.OutOfMemoryError
-
-    def no_memory_for_caches(*shape, empty=torch.empty, **options):
-        return fail() if options.get("dtype") == torch.uint8 else empty(*shape, **options)
-
-    given = begin(model, inputs)
-    continued(model, given, ids[:, 1:2])
-    with monkeypatch.context() as patch:
-        patch.setattr(decoding_graphs, "_CapturedStep", fail)
-        for token in ids[:, 2:4].split(1, dim=1):
-            with pytest.raises(LeftToCompileError):
-                continued(model, given, token)
-    assert len(tried) == 2  # once more with the memory that the allocator held free
-    check(model, inputs)
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "empty", no_memory_for_caches)
-        check(model, inputs)
-    assert len(tried) == 3
-
-
-@torch.no_grad()
-def test_a_large_cache_and_one_of_the_users_stay_where_they_are(monkeypatch):
-    model, inputs = build(), draw()
-    check(model, inputs)
-    for lasting, most in ((False, 0), (True, decoding_graphs.MOST_BYTES), (False, decoding_graphs.MOST_BYTES)):
-        monkeypatch.setattr(decoding_graphs, "MOST_BYTES", most)
-        given = begin(model, inputs)
-        given["past_key_values"]._is_user_defined = lasting
-        keys = given["past_key_values"].self_attention_cache.layers[0].keys
-        continued(model, given, inputs["decoder_input_ids"][:, 1:3])
-        stays = given["past_key_values"].self_attention_cache.layers[0].keys is keys
-        assert stays == (lasting or most == 0)
-
-
-@torch.no_grad()
-def test_steps_wait_for_one_another():
-    model, inputs = build(), draw()
-    given = begin(model, inputs)
-    model.get_compiled_call(None)
-
-    def run():
-        with torch.no_grad():
-            return step(model, **given, decoder_input_ids=inputs["decoder_input_ids"][:, 1:2])
-
-    with ThreadPoolExecutor(1) as pool:
-        with decoding_graphs._lock:
-            waiting = pool.submit(run)
-            with pytest.raises(TimeoutError):
-                waiting.result(timeout=1)
-        assert waiting.result(timeout=60).logits.isfinite().all()
-
-
-def test_threads_share_a_model(made):
-    model = build()
-    given = [
-        {name: x[:, :20] for name, x in draw().items() if "decoder" not in name and name != "labels"} for _ in range(4)
-    ]
-    config = CompileConfig()
-    config._compile_all_devices = True
-    options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
-    expected = [model.generate(**inputs, **options) for inputs in given]
-
-    def generate(inputs):
-        return [
-            model.generate(**inputs, **options, cache_implementation="static", compile_config=config) for _ in range(3)
-        ]
-
-    with ThreadPoolExecutor(4) as pool:
-        for got, tokens in zip(pool.map(generate, given), expected, strict=True):
-            assert all(torch.equal(one, tokens) for one in got)
-    assert len(model._decoding_graphs._graphs) == 1
-
-
-@torch.no_grad()
-def test_a_cache_that_somebody_holds_is_not_written_to():
-    model, inputs = build(), draw()
-    check(model, inputs)
-    held = []
-    for hold in (lambda cache: cache, lambda cache: cache.self_attention_cache.layers[1].values[:, :, 2:4]):
-        given = begin(model, inputs)
-        continued(model, given, inputs["decoder_input_ids"][:, 1:4])
-        held.append(hold(given["past_key_values"]))
-        values = given["past_key_values"].self_attention_cache.layers[1].values
-        before = values.clone()
-        del given
-        check(model, draw())
-        assert torch.equal(values, before)
-        del values
-    assert decoding_graphs.is_shared(model._decoding_graphs._memory[0])
-    held.clear()
-    assert not decoding_graphs.is_shared(model._decoding_graphs._memory[0])
-
-
-@pytest.mark.gpu
-@torch.no_grad()
-def test_later_calls_of_generate_find_their_graph(made):
-    model = build(d_model=128, d_kv=64, vocab_size=512).bfloat16()
-    ids = torch.randint(2, 512, (4, 50), device=DEVICE)
-    options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "cache_implementation": "static"}
-    first = model.generate(ids, **options)
-    model.generate(ids, **options)
-    captured = len(made)
-    assert torch.equal(model.generate(ids, **options), first)
-    assert len(made) == captured
-    other = model.generate(ids.flip(0), **options)
-    assert torch.equal(other, first.flip(0))
