@@ -1,23 +1,19 @@
 """FlashT5 models: encoder-decoder, and the same with a language modeling head. All others are reached from here too."""
 
 import inspect
-from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
-from transformers import CompileConfig, GenerationMixin
-from transformers.cache_utils import Cache, EncoderDecoderCache
+from transformers.cache_utils import EncoderDecoderCache
 from transformers.modeling_outputs import Seq2SeqLMOutput, Seq2SeqModelOutput
 from transformers.utils import ModelOutput
 
 from .attention import FlashT5Attention
 from .configuration_flash_t5 import FlashT5Config
-from .decoding_graphs import DecodingGraphs
 from .encoder_decoder_flash_t5 import FlashT5EncoderDecoder
 from .encoder_flash_t5 import FlashT5EncoderModel
+from .generation_flash_t5 import FlashT5Generative
 from .heads_flash_t5 import (
     FlashT5ForQuestionAnswering,
     FlashT5ForSequenceClassification,
@@ -28,13 +24,14 @@ from .lm_head_flash_t5 import loss_and_logits, places_of_labels
 from .packed_inputs import shift_right
 from .position_encoding import RelativePositionBias
 from .pretrained_flash_t5 import REPEATED_EMBEDDINGS, FlashT5PreTrainedModel
-from .stack_flash_t5 import FlashT5Stack, static_length
+from .stack_flash_t5 import FlashT5Stack
 
 # From a local folder transformers 4 copies only the files it reads in the imports of this one, run or not.
 if TYPE_CHECKING:
     from .attention_layout import KernelLayout as KernelLayout
     from .attention_mask import AttentionMask as AttentionMask
     from .constant_tensors import kept as kept
+    from .decoding_graphs import DecodingGraphs as DecodingGraphs
     from .flash_attention import flash_attention as flash_attention
     from .fused_attention import fused_attention as fused_attention
     from .fused_linear import fused_linear as fused_linear
@@ -160,7 +157,7 @@ class FlashT5Model(FlashT5EncoderDecoder):
         return output if return_dict else output.to_tuple()
 
 
-class FlashT5ForConditionalGeneration(FlashT5EncoderDecoder, GenerationMixin):
+class FlashT5ForConditionalGeneration(FlashT5Generative):
     """Encoder and decoder with a language modeling head, tied to the embedding or not."""
 
     _tied_weights_keys = {"lm_head.weight": "shared.weight"}  # noqa: RUF012 (transformers 4 reads its keys alone)
@@ -264,68 +261,6 @@ class FlashT5ForConditionalGeneration(FlashT5EncoderDecoder, GenerationMixin):
         """Labels `[B, Ld]` shifted right: every row, and every segment in it, begins with the start token."""
         start, pad = self.config.decoder_start_token_id, self.config.pad_token_id
         return shift_right(labels, decoder_segment_ids, start, pad)
-
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Inputs of one step of `generate`.
-
-        Raises:
-            ValueError: if there are segment ids, since packed rows cannot be continued.
-        """
-        packed = ("encoder_segment_ids", "decoder_segment_ids", "encoder_cu_seqlens", "decoder_cu_seqlens")
-        if any(kwargs.get(name) is not None for name in packed):
-            raise ValueError("`generate` continues one sequence per row: give it unpacked inputs, without segments.")
-        if len(args) == 1 and kwargs.get("next_sequence_length") is not None and self._is_plain_step(args[0], kwargs):
-            # as below, without what must be asked for other models, which takes as long as a layer of the decoder
-            length = kwargs.pop("next_sequence_length")
-            return {"decoder_input_ids": args[0][:, -length:].clone(memory_format=torch.contiguous_format), **kwargs}
-        prepare: Any = GenerationMixin.prepare_inputs_for_generation  # its `self` is annotated with a protocol
-        inputs = prepare(self, *args, **kwargs)
-        inputs.pop("cache_position", None)  # transformers 4 passes it; the cache knows
-        return inputs
-
-    def _is_plain_step(self, input_ids: torch.Tensor, given: dict[str, Any]) -> bool:
-        """Whether `generate` asks for nothing special in a step, and all that it works on lies where the model does."""
-        names = {"next_sequence_length", "past_key_values", "encoder_outputs", "use_cache"}
-        if given.keys() - {"attention_mask"} != names or given["encoder_outputs"] is None:
-            return False
-        device, tensors = self.device, (input_ids, given["encoder_outputs"][0], given.get("attention_mask"))
-        return all(x is None or x.device == device for x in tensors)
-
-    def get_compiled_call(self, compile_config: CompileConfig | None) -> Callable[..., Any]:
-        """What `generate` calls for each token once it has a static cache: see `DecodingGraphs`.
-
-        A configuration that asks for something special of `torch.compile` gets that.
-        """
-        compiled = super().get_compiled_call
-        if compile_config not in (None, CompileConfig()):
-            return compiled(compile_config)
-        graphs: DecodingGraphs = vars(self).setdefault("_decoding_graphs", DecodingGraphs())
-        graphs.look_again()
-        return partial(graphs.step, self, lambda **inputs: compiled(compile_config)(**inputs))
-
-    @staticmethod
-    def _reorder_cache(past_key_values: EncoderDecoderCache, beam_idx: torch.LongTensor) -> EncoderDecoderCache:
-        """Let each beam go on from what another one has decoded. `beam_idx`: int64 `[B * beams]`, within each example.
-
-        The keys and values of the encoder stay: the beams of an example all have the same.
-        """
-        past_key_values.self_attention_cache.reorder_cache(beam_idx)
-        return past_key_values
-
-    @staticmethod
-    def create_masks_for_generate(
-        attention_mask: torch.Tensor | None, past_key_values: Cache, **_: Any
-    ) -> torch.Tensor | None:
-        """Mask for a step with a static cache: as long as the cache, whose later part causality hides anyway.
-
-        `generate` calls this where it would build a 4-d mask, which FlashT5 does not take.
-        """
-        if attention_mask is None:
-            return None
-        cache = past_key_values
-        if isinstance(cache, EncoderDecoderCache):
-            cache = cache.self_attention_cache
-        return F.pad(attention_mask, (0, static_length(cache) - attention_mask.shape[1]), value=1)
 
 
 # `generate` asks for the arguments of the forward pass at every token; to read them anew takes longer than to run a

@@ -25,6 +25,7 @@ RUNTIME_FILES = (
     "flash_attention.py",
     "fused_attention.py",
     "fused_linear.py",
+    "generation_flash_t5.py",
     "lm_head_flash_t5.py",
     "norm_flash_t5.py",
     "recomputed_linear.py",

@@ -267,3 +267,40 @@ def test_generate_takes_graphs_unless_compile_is_asked_for_something_else(made):
     got = model.generate(**given, **options, cache_implementation="static", compile_config=plain)
     assert torch.equal(got, expected)
     assert len(made) == captured
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("rows", "sample"), [(1, False), (3, False), (3, True)])
+def test_beams_take_graphs_unless_compiling_is_forbidden(rows, sample, made):
+    model = build()
+    given = {name: x[:rows] for name, x in draw().items() if name in ("input_ids", "attention_mask")}
+    options = {"max_new_tokens": 7, "min_new_tokens": 7, "num_beams": 4, "num_return_sequences": 3, "do_sample": sample}
+    options |= {"return_dict_in_generate": True, "output_scores": True}
+
+    def generate(**others):
+        torch.manual_seed(0)
+        return model.generate(**given, **options, **others)
+
+    expected = generate()
+    assert not made
+    for captured in (1, 2, 2):
+        got = generate(cache_implementation="static")
+        assert torch.equal(got.sequences, expected.sequences)
+        assert relative_error(got.sequences_scores, expected.sequences_scores) < TOLERANCE
+        assert len(made) == captured
+        del got
+    assert torch.equal(generate(cache_implementation="static", disable_compile=True).sequences, expected.sequences)
+    assert len(made) == 2
+    assert model._decoding_graphs._memory is not None
+
+
+@torch.no_grad()
+def test_beams_with_attentions_are_stepped_as_they_are(made):
+    model = build(attention="eager")
+    given = {name: x for name, x in draw().items() if name in ("input_ids", "attention_mask")}
+    options = {"max_new_tokens": 4, "num_beams": 2, "return_dict_in_generate": True, "output_attentions": True}
+    expected = model.generate(**given, **options)
+    got = model.generate(**given, **options, cache_implementation="static")
+    assert torch.equal(got.sequences, expected.sequences)
+    assert len(got.decoder_attentions) == len(expected.decoder_attentions) > 0
+    assert not made

@@ -1,6 +1,7 @@
 """What a step of decoding does otherwise than a long call, because launching it costs more than running it."""
 
 import inspect
+from functools import partial
 
 import pytest
 import torch
@@ -92,15 +93,25 @@ def test_biases_lie_as_the_kernels_of_torch_want_them(length):
     assert all(step % 16 == 0 for step in lying.stride()[:3])
 
 
-def test_beams_move_what_was_decoded_and_not_what_was_read():
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("with_grad", [False, True])
+def test_beams_move_what_was_decoded_and_not_what_was_read(kind, with_grad):
     _, flash = build_pair("t5")
-    own, read = DynamicCache(), DynamicCache()
+    static = partial(StaticCache, config=flash.config.get_text_config(decoder=True), max_cache_len=3)
+    own, read = static() if kind == "static" else DynamicCache(), DynamicCache()
     for cache in (own, read):
-        cache.update(torch.arange(4.0).view(4, 1, 1, 1), torch.arange(4.0).view(4, 1, 1, 1), 0)
-    before = read.layers[0].keys
-    moved = flash._reorder_cache(EncoderDecoderCache(own, read), torch.tensor([1, 1, 3, 2]))
-    assert moved.self_attention_cache.layers[0].keys.flatten().tolist() == [1, 1, 3, 2]
+        for index in range(flash.config.num_decoder_layers):
+            rows, at_first = torch.arange(1.0, 5).view(4, 1, 1, 1), {"cache_position": torch.arange(1)}
+            cache.update(rows, rows + 10, index, at_first)  # the last is for transformers 4
+    before, place = read.layers[0].keys, own.layers[1].values.data_ptr()
+    with torch.set_grad_enabled(with_grad):
+        moved = flash._reorder_cache(EncoderDecoderCache(own, read), torch.tensor([1, 1, 3, 2]))
+    for layer in moved.self_attention_cache.layers:
+        assert layer.keys[:, 0, 0].flatten().tolist() == [2, 2, 4, 3]
+        assert layer.values[:, 0, 0].flatten().tolist() == [12, 12, 14, 13]
     assert moved.cross_attention_cache.layers[0].keys is before
+    if kind == "static" and hasattr(own.layers[0], "cumulative_length"):  # as it does not in transformers 4
+        assert (own.layers[1].values.data_ptr() == place) == (not with_grad)
 
 
 def test_a_model_can_train_on_single_tokens_after_generating_in_inference_mode():

@@ -1,0 +1,128 @@
+"""What `generate` of `transformers` asks of FlashT5: the inputs, the caches and the calls of its steps."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from transformers import (
+    CompileConfig,
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+)
+from transformers.cache_utils import Cache, EncoderDecoderCache
+
+from .decoding_graphs import DecodingGraphs, is_plain_cache
+from .encoder_decoder_flash_t5 import FlashT5EncoderDecoder
+from .stack_flash_t5 import static_length
+
+
+class FlashT5Generative(FlashT5EncoderDecoder, GenerationMixin):
+    """Encoder and decoder that `generate` can call, once they have a head."""
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Inputs of one step of `generate`.
+
+        Raises:
+            ValueError: if there are segment ids, since packed rows cannot be continued.
+        """
+        packed = ("encoder_segment_ids", "decoder_segment_ids", "encoder_cu_seqlens", "decoder_cu_seqlens")
+        if any(kwargs.get(name) is not None for name in packed):
+            raise ValueError("`generate` continues one sequence per row: give it unpacked inputs, without segments.")
+        if len(args) == 1 and kwargs.get("next_sequence_length") is not None and self._is_plain_step(args[0], kwargs):
+            # as below, without what must be asked for other models, which takes as long as a layer of the decoder
+            length = kwargs.pop("next_sequence_length")
+            return {"decoder_input_ids": args[0][:, -length:].clone(memory_format=torch.contiguous_format), **kwargs}
+        prepare: Any = GenerationMixin.prepare_inputs_for_generation  # its `self` is annotated with a protocol
+        inputs = prepare(self, *args, **kwargs)
+        inputs.pop("cache_position", None)  # transformers 4 passes it; the cache knows
+        return inputs
+
+    def _is_plain_step(self, input_ids: torch.Tensor, given: dict[str, Any]) -> bool:
+        """Whether `generate` asks for nothing special in a step, and all that it works on lies where the model does."""
+        names = {"next_sequence_length", "past_key_values", "encoder_outputs", "use_cache"}
+        if given.keys() - {"attention_mask"} != names or given["encoder_outputs"] is None:
+            return False
+        device, tensors = self.device, (input_ids, given["encoder_outputs"][0], given.get("attention_mask"))
+        return all(x is None or x.device == device for x in tensors)
+
+    def get_compiled_call(self, compile_config: CompileConfig | None) -> Callable[..., Any]:
+        """What `generate` calls for each token once it has a static cache: see `DecodingGraphs`.
+
+        A configuration that asks for something special of `torch.compile` gets that.
+        """
+        compiled = super().get_compiled_call
+        if compile_config not in (None, CompileConfig()):
+            return compiled(compile_config)
+        return self._step_by_graphs(lambda **inputs: compiled(compile_config)(**inputs))
+
+    def _beam_search(
+        self,
+        input_ids: torch.Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        synced_gpus: bool = False,
+        **model_kwargs: Any,
+    ) -> Any:
+        """Beam search, which in `transformers` compiles nothing: here, too, graphs serve its steps unless forbidden."""
+        model: Any = self
+        if not generation_config.disable_compile:
+            model = _SteppedModel(self, self._step_by_graphs(model))
+        search: Any = GenerationMixin._beam_search
+        return search(
+            model, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, **model_kwargs
+        )
+
+    def _step_by_graphs(self, otherwise: Callable[..., Any]) -> Callable[..., Any]:
+        model: Any = self
+        graphs: DecodingGraphs = vars(self).setdefault("_decoding_graphs", DecodingGraphs())
+        graphs.look_again()
+        return partial(graphs.step, model, otherwise)
+
+    @staticmethod
+    def _reorder_cache(past_key_values: EncoderDecoderCache, beam_idx: torch.LongTensor) -> EncoderDecoderCache:
+        """Let each beam go on from what another one has decoded. `beam_idx`: int64 `[B * beams]`, within each example.
+
+        The keys and values of the encoder stay: the beams of an example all have the same. A static cache stays in its
+        place, too, where a graph has been told to find it.
+        """
+        cache: Any = past_key_values.self_attention_cache
+        if torch.is_grad_enabled() or not is_plain_cache(cache):
+            cache.reorder_cache(beam_idx)
+            return past_key_values
+        for layer in cache.layers:
+            for x in (layer.keys, layer.values):
+                x.copy_(x.index_select(0, beam_idx.to(x.device)))
+        return past_key_values
+
+    @staticmethod
+    def create_masks_for_generate(
+        attention_mask: torch.Tensor | None, past_key_values: Cache, **_: Any
+    ) -> torch.Tensor | None:
+        """Mask for a step with a static cache: as long as the cache, whose later part causality hides anyway.
+
+        `generate` calls this where it would build a 4-d mask, which FlashT5 does not take.
+        """
+        if attention_mask is None:
+            return None
+        cache = past_key_values
+        if isinstance(cache, EncoderDecoderCache):
+            cache = cache.self_attention_cache
+        return F.pad(attention_mask, (0, static_length(cache) - attention_mask.shape[1]), value=1)
+
+
+class _SteppedModel:
+    """A model as a search sees it that is to call its steps otherwise; all else is the model's."""
+
+    def __init__(self, model: Any, step: Callable[..., Any]) -> None:
+        self._model, self._step = model, step
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def __call__(self, **inputs: Any) -> Any:
+        return self._step(**inputs)
