@@ -28,6 +28,7 @@ ALIGNMENT = 512  # bytes, as torch's allocator aligns
 NAMES = {"decoder_input_ids", "encoder_outputs", "past_key_values", "use_cache", "return_dict"}
 PLAIN_CODE = ("torch.nn.modules.", "transformers.activations")
 """Where the modules are from whose calls depend on nothing but their weights and input."""
+PLAIN = (int, float, str)
 
 Facts = tuple[Any, ...]
 
@@ -312,8 +313,8 @@ def state_of(model: nn.Module) -> Facts | None:
         in_training = module.training and kind not in (nn.Linear, nn.Embedding)  # to which it makes no difference
         if in_training or module._compiled_call_impl is not None or not is_untouched(module, kind):
             return None
-        plain = {name: x for name, x in vars(module).items() if isinstance(x, int | float | str)}  # epsilons, say
-        numbers = [x for name, x in plain.items() if not name.startswith("_")]
+        # epsilons, say; and not by `int | float | str`, which takes as long to form as all else here
+        numbers = [x for name, x in vars(module).items() if isinstance(x, PLAIN) and not name.startswith("_")]
         modules.append((id(module), kind, numbers))
         for x in (*module._parameters.values(), *module._buffers.values()):
             if x is None:
