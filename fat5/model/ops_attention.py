@@ -86,7 +86,8 @@ def attention(
         q: queries, bf16, fp16 or fp32 (which is true fp32, never TF32); D from 1 to 256.
         k: keys, in q's dtype.
         v: values, in q's dtype.
-        bias: added to the scores; -inf masks. T5's table and a dense bias receive gradients. Distances are between
+        bias: added to the scores; -inf masks, and so does what is infinite in units of log2, as the least finite number
+            of fp32 and bf16 is. T5's table and a dense bias receive gradients. Distances are between
             positions in the segment (plus `q_offset`). Dense: padded layout only.
         causal: key j is visible to query i only if `j <= i + q_offset`.
         scale: factor on the scores, positive. T5's is 1.
@@ -122,14 +123,14 @@ def attention(
     check_devices(q, k, v, bias, cu_seqlens_q, cu_seqlens_k, key_lengths, seed)
     if cu_seqlens_q is not None and cu_seqlens_k is not None:
         q, k, v = q[None], k[None], v[None]
-        cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.to(torch.int32), cu_seqlens_k.to(torch.int32)
-        max_seqlen_q = int(cu_seqlens_q.diff().max()) if max_seqlen_q is None else max_seqlen_q
-        max_seqlen_k = int(cu_seqlens_k.diff().max()) if max_seqlen_k is None else max_seqlen_k
+        cu_seqlens_q, cu_seqlens_k = _as_read(cu_seqlens_q, torch.int32), _as_read(cu_seqlens_k, torch.int32)
+        max_seqlen_q = _longest(cu_seqlens_q) if max_seqlen_q is None else max_seqlen_q
+        max_seqlen_k = _longest(cu_seqlens_k) if max_seqlen_k is None else max_seqlen_k
     else:
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         max_seqlen_q, max_seqlen_k = q.shape[1], k.shape[1]
     if key_lengths is not None:
-        key_lengths = key_lengths.to(torch.int32)
+        key_lengths = _as_read(key_lengths, torch.int32)
     kind, bias_tensor, bidirectional, max_distance = _bias_operands(bias)
     if dropout_p > 0 and seed is None:
         seed = torch.randint(1 << 62, (1,), device=q.device)
@@ -154,14 +155,26 @@ def attention(
     return out.squeeze(0) if packed else out.transpose(1, 2)
 
 
+def _as_read(numbers: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """As the kernels read them: one after the other."""
+    return numbers.to(dtype).contiguous()
+
+
+def _longest(cu_seqlens: torch.Tensor) -> int:
+    """Length of the longest segment, read back from the device."""
+    return int(cu_seqlens.diff().max()) if cu_seqlens.numel() > 1 else 0
+
+
 def _bias_operands(bias: T5Bias | AlibiBias | DenseBias | None) -> tuple[int, torch.Tensor | None, bool, int]:
     """Kind of bias, its tensor, and T5's two parameters (unused by the others)."""
     if isinstance(bias, T5Bias):
         return T5_BIAS, bias.table, bias.bidirectional, bias.max_distance
     if isinstance(bias, AlibiBias):
-        return ALIBI_BIAS, bias.slopes.float(), True, 0
+        return ALIBI_BIAS, _as_read(bias.slopes, torch.float32), True, 0
     if isinstance(bias, DenseBias):
         dense = bias.bias
+        if dense.is_leaf and dense.requires_grad:  # each of its numbers has a gradient of its own
+            dense = dense.contiguous()
         for axis in (0, 1):  # an expanded axis is one whose gradient is summed once, here
             if dense.stride(axis) == 0 and dense.shape[axis] > 1:
                 dense = dense.narrow(axis, 0, 1)

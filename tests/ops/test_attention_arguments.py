@@ -73,3 +73,47 @@ def test_segments_are_all_of_the_tokens(ends, longest, message):
 def test_no_segment_and_no_token(device):
     x, ends = torch.randn(0, 1, 16, device=device), torch.zeros(1, dtype=torch.int32, device=device)
     assert attention(x, x, x, cu_seqlens_q=ends, cu_seqlens_k=ends, max_seqlen_q=0, max_seqlen_k=0).shape == x.shape
+
+
+def every_other(x):
+    """The same numbers, with others between them."""
+    return torch.stack([x, x + 1], dim=-1)[..., 0]
+
+
+def test_lengths_and_slopes_may_lie_apart(device):
+    q, k, v = (torch.randn(3, 2, 33, 16, device=device) for _ in range(3))
+    lengths = torch.tensor([30, 7, 12], dtype=torch.int32, device=device)
+    slopes = torch.rand(2, device=device)
+    for given in (lengths, lengths[1:2].expand(3)):
+        expected = attention(q, k, v, key_lengths=given.contiguous(), bias=AlibiBias(slopes))
+        got = attention(q, k, v, key_lengths=every_other(given), bias=AlibiBias(every_other(slopes)))
+        assert torch.equal(got, expected)
+        assert torch.equal(attention(q, k, v, key_lengths=given, bias=AlibiBias(slopes)), expected)
+    q, k, v = (torch.randn(33, 2, 16, device=device) for _ in range(3))
+    ends = torch.tensor([0, 1, 13, 33], dtype=torch.int32, device=device)
+    expected = attention(q, k, v, cu_seqlens_q=ends, cu_seqlens_k=ends)
+    assert torch.equal(attention(q, k, v, cu_seqlens_q=every_other(ends), cu_seqlens_k=every_other(ends)), expected)
+
+
+def test_every_number_of_a_leaf_has_its_gradient(device):
+    q, k, v = (torch.randn(2, 3, 9, 16, device=device) for _ in range(3))
+    leaf = torch.randn(1, 1, 9, 9, device=device).expand(2, 3, 9, 9).detach().requires_grad_()
+    apart = leaf.detach().clone().requires_grad_()
+    for bias in (leaf, apart):
+        attention(q, k, v, bias=DenseBias(bias)).square().sum().backward()
+    torch.testing.assert_close(leaf.grad, apart.grad)
+
+
+def test_the_least_finite_number_masks(device):
+    q, k, v = (torch.randn(1, 2, 5, 16, device=device) for _ in range(3))
+    bias = torch.zeros(1, 1, 5, 5, device=device)
+    bias[..., 3:] = torch.finfo(bias.dtype).min
+    expected = attention(q, k[:, :, :3], v[:, :, :3])
+    torch.testing.assert_close(attention(q, k, v, bias=DenseBias(bias)), expected)
+    bias[:, :, 1] = torch.finfo(bias.dtype).min
+    assert not attention(q, k, v, bias=DenseBias(bias))[:, :, 1].any()
+
+
+def test_no_segment_at_all(device):
+    x, ends = torch.randn(0, 2, 16, device=device), torch.zeros(1, dtype=torch.int32, device=device)
+    assert attention(x, x, x, cu_seqlens_q=ends, cu_seqlens_k=ends).shape == (0, 2, 16)
