@@ -178,12 +178,12 @@ def check_kernels() -> tuple[list[dict], list[str]]:
     """Resources of the kernels that were launched, and what is wrong with them: spills, say, or no room."""
     if not ON_GPU:
         return [], []
-    from kernel_resources import SHARED_MEMORY, TUNED, compiled_so_far, complaint
+    from kernel_resources import MEASURED, SHARED_MEMORY, compiled_so_far, complaint
 
     major, minor = torch.cuda.get_device_capability()
     kernels, wrong = compiled_so_far(), []
     for kernel in kernels:
-        if kernel["kernel"] in TUNED and (about := complaint(kernel)):
+        if kernel["kernel"] in MEASURED and (about := complaint(kernel)):
             wrong.append(about)
         if kernel["shared"] > SHARED_MEMORY[10 * major + minor]:
             wrong.append(f"{kernel['kernel']} wants {kernel['shared']} bytes of shared memory")

@@ -35,7 +35,7 @@ from fat5.model.ops_attention_table import line_of_table, table_gradient
 
 OPTIONS = {
     "capability": list(SHARED_MEMORY),
-    "head_dim": [16, 64, 80, 128, 256],
+    "head_dim": [16, 32, 64, 80, 96, 128, 256],
     "dtype": ["bfloat16", "float16", "float32"],
     "bias": ["t5", "none", "alibi", "dense"],
     "causal": [False, True],
