@@ -60,14 +60,14 @@ class DecodingGraphs:
 
     def step(self, model: nn.Module, otherwise: Callable[..., Any], **inputs: Any) -> Any:
         """The model's output for a step of `generate`; what cannot be captured is left to `otherwise`."""
-        with _lock:
-            output = self._step(model, inputs)
-        return otherwise(**inputs) if output is None else output
-
-    def _step(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
         shapes = shapes_of(inputs)
         if shapes is None:
-            return None
+            return otherwise(**inputs)
+        with _lock:
+            output = self._step(model, inputs, shapes)
+        return otherwise(**inputs) if output is None else output
+
+    def _step(self, model: nn.Module, inputs: dict[str, Any], shapes: Facts) -> Any:
         cache = inputs["past_key_values"]
         if cache not in self._room:
             self._begin(model, cache, shapes)
@@ -147,11 +147,11 @@ class DecodingGraphs:
         self._make_room(self._graphs, 1)
         self._memory = None
 
-    @staticmethod
-    def _make_room(graphs: OrderedDict[Facts, Any], most: int) -> None:
+    def _make_room(self, graphs: OrderedDict[Facts, Any], most: int) -> None:
         """Have one more fit in, those go that have not been used for longest."""
         if len(graphs) >= most:
-            torch.cuda.current_stream().synchronize()  # they may still run
+            stream = self._state[-1] if self._state else None  # on which they may still run, of another thread perhaps
+            (stream or torch.cuda.current_stream()).synchronize()
         while len(graphs) >= most:
             graphs.popitem(last=False)
 

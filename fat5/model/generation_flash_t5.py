@@ -55,7 +55,7 @@ class FlashT5Generative(FlashT5EncoderDecoder, GenerationMixin):
         A configuration that asks for something special of `torch.compile` gets that.
         """
         compiled = super().get_compiled_call
-        if compile_config not in (None, CompileConfig()):
+        if not asks_for_nothing_special(compile_config):
             return compiled(compile_config)
         return self._step_by_graphs(lambda **inputs: compiled(compile_config)(**inputs))
 
@@ -68,9 +68,14 @@ class FlashT5Generative(FlashT5EncoderDecoder, GenerationMixin):
         synced_gpus: bool = False,
         **model_kwargs: Any,
     ) -> Any:
-        """Beam search, which in `transformers` compiles nothing: here, too, graphs serve its steps unless forbidden."""
+        """Beam search, which in `transformers` compiles nothing: here graphs serve its steps with a static cache too.
+
+        Not where compiling is forbidden or somebody else reorders the cache, which then may lie elsewhere at each step.
+        """
         model: Any = self
-        if not generation_config.disable_compile:
+        is_static = getattr(model_kwargs.get("past_key_values"), "is_compileable", False)
+        may = asks_for_nothing_special(generation_config.compile_config) and not generation_config.disable_compile
+        if is_static and may and self._reorder_cache is FlashT5Generative._reorder_cache:
             model = _SteppedModel(self, self._step_by_graphs(model))
         search: Any = GenerationMixin._beam_search
         return search(
@@ -91,7 +96,8 @@ class FlashT5Generative(FlashT5EncoderDecoder, GenerationMixin):
         place, too, where a graph has been told to find it.
         """
         cache: Any = past_key_values.self_attention_cache
-        if torch.is_grad_enabled() or not is_plain_cache(cache):
+        in_place = not torch.is_grad_enabled() and is_plain_cache(cache)
+        if not in_place or len(beam_idx) != len(cache.layers[0].keys):
             cache.reorder_cache(beam_idx)
             return past_key_values
         for layer in cache.layers:
@@ -113,6 +119,11 @@ class FlashT5Generative(FlashT5EncoderDecoder, GenerationMixin):
         if isinstance(cache, EncoderDecoderCache):
             cache = cache.self_attention_cache
         return F.pad(attention_mask, (0, static_length(cache) - attention_mask.shape[1]), value=1)
+
+
+def asks_for_nothing_special(compile_config: CompileConfig | None) -> bool:
+    """Whether graphs may do what `torch.compile` would be asked for."""
+    return compile_config in (None, CompileConfig())
 
 
 class _SteppedModel:

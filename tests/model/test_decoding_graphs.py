@@ -5,6 +5,7 @@ Without a GPU a class stands in for the captured step, and what is tested is whe
 
 import copy
 import pickle
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -303,4 +304,26 @@ def test_beams_with_attentions_are_stepped_as_they_are(made):
     got = model.generate(**given, **options, cache_implementation="static")
     assert torch.equal(got.sequences, expected.sequences)
     assert len(got.decoder_attentions) == len(expected.decoder_attentions) > 0
+    assert not made
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", ["compile_config", "reorder", "dynamic"])
+def test_beams_that_graphs_do_not_fit_are_stepped_as_they_are(change, made, monkeypatch):
+    model = build()
+    given = {name: x for name, x in draw().items() if name in ("input_ids", "attention_mask")}
+    options = {"max_new_tokens": 5, "min_new_tokens": 5, "num_beams": 2}
+    expected = model.generate(**given, **options)
+    if change == "compile_config":
+        options["compile_config"] = CompileConfig(dynamic=True)
+    if change == "reorder":
+
+        def reorder(self, cache, order):
+            cache.self_attention_cache.reorder_cache(order)
+            return cache
+
+        monkeypatch.setattr(type(model), "_reorder_cache", reorder)
+    with decoding_graphs._lock if change == "dynamic" else nullcontext():  # which others may hold for seconds
+        got = model.generate(**given, **options, cache_implementation=None if change == "dynamic" else "static")
+    assert torch.equal(got, expected)
     assert not made

@@ -114,6 +114,20 @@ def test_beams_move_what_was_decoded_and_not_what_was_read(kind, with_grad):
         assert (own.layers[1].values.data_ptr() == place) == (not with_grad)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("order", [[2], [1, 0], [0, 0, 1, 1, 2, 2]])
+def test_reordering_may_change_the_number_of_rows(order):
+    _, flash = build_pair("t5")
+    own = StaticCache(config=flash.config.get_text_config(decoder=True), max_cache_len=3)
+    rows, at_first = torch.arange(1.0, 4).view(3, 1, 1, 1), {"cache_position": torch.arange(1)}
+    for index in range(flash.config.num_decoder_layers):
+        own.update(rows, rows, index, at_first)
+    moved = flash._reorder_cache(EncoderDecoderCache(own, DynamicCache()), torch.tensor(order))
+    assert [x[:, 0, 0, 0].tolist() for x in (layer.keys for layer in moved.self_attention_cache.layers)] == [
+        [index + 1 for index in order]
+    ] * flash.config.num_decoder_layers
+
+
 def test_a_model_can_train_on_single_tokens_after_generating_in_inference_mode():
     _, flash = build_pair("t5")
     inputs = batch("right")
