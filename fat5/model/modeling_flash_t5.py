@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from .norm_flash_t5 import NormedSum as NormedSum
     from .ops_attention import attention as attention
     from .ops_attention_backward import launch_backward as launch_backward
-    from .ops_attention_backward_configs import backward_config as backward_config
     from .ops_attention_backward_hopper import issue_tile as issue_tile
     from .ops_attention_backward_hopper_launch import launch_hopper as launch_hopper
     from .ops_attention_backward_keys import backward_keys_kernel as backward_keys_kernel

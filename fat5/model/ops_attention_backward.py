@@ -10,7 +10,6 @@ try:
 except ImportError as error:  # a guarded import is what the loader of remote code asks for
     raise ImportError("the attention kernels need Triton") from error
 
-from .ops_attention_backward_configs import backward_config
 from .ops_attention_backward_hopper_launch import (
     hopper_config,
     hopper_line_gradient,
@@ -23,6 +22,7 @@ from .ops_attention_backward_keys import backward_keys_kernel
 from .ops_attention_backward_queries import backward_queries_kernel, delta_kernel, dq_store_kernel
 from .ops_attention_bias_grad import dense_gradient_kernel, near_tiles_kernel
 from .ops_attention_bias_line import line_gradient, near_offsets, padded_line, segment_of_blocks
+from .ops_attention_configs import backward_config
 from .ops_attention_problem import addressable, check_segments
 from .ops_device import compute_capability, multiprocessors
 

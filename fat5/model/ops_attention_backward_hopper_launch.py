@@ -11,7 +11,6 @@ try:
 except ImportError as error:  # a guarded import is what the loader of remote code asks for
     raise ImportError("the attention kernels need Triton") from error
 
-from .ops_attention_backward_configs import BackwardConfig
 from .ops_attention_backward_hopper import fused_backward_kernel
 from .ops_attention_bias_grad import near_diagonals_kernel
 from .ops_attention_bias_grad_hopper import near_sums_kernel
@@ -22,30 +21,22 @@ from .ops_attention_bias_line import (
     padded_line,
     segment_of_blocks,
 )
+from .ops_attention_configs import (
+    BACKWARD_SM90_FUSED,
+    NEAR_IN_FUSED,
+    NEAR_SUMS_GROUP,
+    NEAR_SUMS_RING,
+    NEAR_SUMS_TILES,
+    FusedConfig,
+)
 from .ops_attention_diagonals_hopper import FOLDED, PLACES
 from .ops_device import multiprocessors
 
 NONE, T5 = range(2)
-LONGEST = 1024  # keys up to which the fused kernel sums the near tiles as well; measured on an H200
 DIAGONALS = 512  # no fewer than there are in 64 rows of near sums
 
 
-class HopperConfig(NamedTuple):
-    """Tile sizes, stages of the query buffers, and which of two orders of the products."""
-
-    tiles: BackwardConfig
-    late_dp: bool
-    half_p: bool
-
-
-OVERRIDE: dict[int, HopperConfig | None] = {}
-DEFAULT = {
-    64: HopperConfig(BackwardConfig(64, 128, 8, 3), False, False),
-    128: HopperConfig(BackwardConfig(64, 128, 8, 3), True, True),
-}
-
-
-def hopper_config(q, k, v, do, bias, problem, capability):
+def hopper_config(q, k, v, do, bias, problem, capability) -> FusedConfig | None:
     """Configuration if the kernel takes this call, else None: the copy engine knows no stride of 0, say."""
     head_dim = q.shape[-1]
     fits = (
@@ -53,9 +44,7 @@ def hopper_config(q, k, v, do, bias, problem, capability):
         and bias.kind in (NONE, T5) and problem.dropout_p == 0 and problem.scale > 0
         and all(x.data_ptr() % 16 == 0 and all(n > 0 and n % 8 == 0 for n in x.stride()[:3]) for x in (q, k, v, do))
     )  # fmt: skip
-    if not fits:
-        return None
-    return OVERRIDE[head_dim] if head_dim in OVERRIDE else DEFAULT[head_dim]
+    return BACKWARD_SM90_FUSED[head_dim] if fits else None
 
 
 class NearSums(NamedTuple):
@@ -84,7 +73,7 @@ def near_sums_of(bias, problem, k, cu_k, block_m, block_n) -> NearSums | None:
     the heads are too wide for its registers, or the sequences so long that its dearer far tiles outweigh the gain.
     """
     first, offsets = near_offsets(bias, problem, block_m, block_n)
-    if offsets > PLACES or k.shape[3] > 64 or problem.max_seqlen_k > LONGEST:
+    if offsets > PLACES or k.shape[3] > 64 or problem.max_seqlen_k > NEAR_IN_FUSED:
         return None
     heads = k.shape[2]
     # the first row with a distance beyond the left end, and the first with none before the right end
@@ -147,13 +136,9 @@ def rows_descriptor(x: torch.Tensor, block: int) -> TensorDescriptor:
     return TensorDescriptor(x, list(x.shape), list(x.stride()), box, NVMMASharedLayout(128, 16, 4))
 
 
-RING = {64: 3, 128: 2}  # blocks of keys that fit beside the queries, per head width
-MAX_GROUP = 3  # fp32 tiles that a program's registers hold
-
-
 def hopper_line_gradient(do, q, k, v, row_tiles, far, bias, cu_q, cu_k, lengths_k, problem):
     """As `_line_gradient`, with the kernel for sm_90."""
-    block_m, block_n = 64, 128
+    block_m, block_n = NEAR_SUMS_TILES
     heads, head_dim = q.shape[2:]
     first, offsets = near_offsets(bias, problem, block_m, block_n)
     if cu_q is None:
@@ -161,7 +146,7 @@ def hopper_line_gradient(do, q, k, v, row_tiles, far, bias, cu_q, cu_k, lengths_
     else:
         items, item_segment = segment_of_blocks(cu_q, q.shape[1], block_n)
     of_a_kind = -(-offsets // 2)
-    groups = -(-of_a_kind // MAX_GROUP)
+    groups = -(-of_a_kind // NEAR_SUMS_GROUP)
     group = -(-of_a_kind // groups)
     splits = max(1, min(items, multiprocessors(q) // (2 * heads * groups)))
     tiles = torch.empty((heads * offsets, splits, block_n, block_m), dtype=torch.float32, device=q.device)
@@ -171,8 +156,8 @@ def hopper_line_gradient(do, q, k, v, row_tiles, far, bias, cu_q, cu_k, lengths_
         rows_descriptor(v, block_n), row_tiles, line, tiles, cu_q, cu_k, lengths_k, item_segment, heads,
         problem.max_seqlen_q, problem.max_seqlen_k, problem.q_offset, problem.scale, line.shape[1],
         bias.left + block_m + block_n, bias.left, bias.right, first + problem.q_offset, offsets, items,
-        HEAD_DIM=head_dim, BLOCK_M=block_m, GROUP=group, RING=min(group, RING[head_dim]), CAUSAL=problem.causal,
-        num_warps=8,
+        HEAD_DIM=head_dim, BLOCK_M=block_m, GROUP=group, RING=min(group, NEAR_SUMS_RING[head_dim]),
+        CAUSAL=problem.causal, num_warps=8,
     )  # fmt: skip
     return line_gradient(tiles, far, bias, first, block_m, heads, offsets, keys_first=True)
 

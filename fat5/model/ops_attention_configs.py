@@ -1,4 +1,9 @@
-"""Tile sizes and launch options of the attention kernels, per part, element size and head width."""
+"""Tile sizes and launch options of the attention kernels, per part, element size and head width.
+
+The portable ones take no more than 99 KiB of shared memory, so that they fit any part from sm_80 on; they are chosen
+from what the compiler reports (registers, spills), not tuned on a device. Those for sm_90 were tuned on one H200 (torch
+2.11, triton 3.6, bf16, 32k tokens, H x D = 768).
+"""
 
 from typing import NamedTuple
 
@@ -10,8 +15,6 @@ class ForwardConfig(NamedTuple):
         block_m, block_n: queries and keys per tile.
         num_warps, num_stages: Triton's launch options.
         tma: keys and values come through the tensor memory accelerator (sm_90 and later).
-        q_registers: keep the queries in registers rather than in shared memory (sm_90).
-        max_registers: limit per thread, so that more blocks fit on a multiprocessor.
         groups: warp groups of 64 queries in the kernel for sm_90 (2 or 3); 0 for the portable kernel.
         wide_bias: tiles of T5's bias in fp32 even where 16 bits hold them: more bytes, fewer instructions.
     """
@@ -21,14 +24,34 @@ class ForwardConfig(NamedTuple):
     num_warps: int
     num_stages: int
     tma: bool = False
-    q_registers: bool = False
-    max_registers: int | None = None
     groups: int = 0
     wide_bias: bool = False
 
 
-# (padded head width, bytes per element) -> configuration. No more than 99 KiB of shared memory: any part from sm_80 on.
-# Chosen from what the compiler reports, not tuned on a device.
+class BackwardConfig(NamedTuple):
+    """Queries and keys per tile, and Triton's launch options."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+class FusedConfig(NamedTuple):
+    """How the fused backward kernel for sm_90 is launched.
+
+    Attributes:
+        tiles: `num_stages` are buffers of queries.
+        late_dp: dP's product waits for those of the tile before: fewer registers, less at a time.
+        half_p: P is kept in 16 bits from its product on.
+    """
+
+    tiles: BackwardConfig
+    late_dp: bool
+    half_p: bool
+
+
+# (padded head width, bytes per element) -> configuration
 FORWARD_PORTABLE = {
     (16, 2): ForwardConfig(128, 64, 4, 3),
     (32, 2): ForwardConfig(128, 64, 4, 3),
@@ -41,12 +64,12 @@ FORWARD_PORTABLE = {
     (128, 4): ForwardConfig(32, 32, 4, 2),
     (256, 4): ForwardConfig(32, 16, 4, 1),
 }
-# sm_90, tuned on one H200 (torch 2.11, triton 3.6, bf16, 32k tokens, H x D = 768): any bias, dropout
+# sm_90: any bias, dropout
 FORWARD_SM90 = {
     (64, 2): ForwardConfig(64, 128, 4, 2, tma=True),
     (128, 2): ForwardConfig(64, 64, 4, 3, tma=True),
 }
-# sm_90, no bias or T5's, no dropout, shapes and strides that the copy engine takes
+# sm_90: no bias or T5's, no dropout, shapes and strides that the copy engine takes
 FORWARD_SM90_GROUPS = {
     (64, 2): ForwardConfig(192, 128, 4, 2, groups=3),
     (128, 2): ForwardConfig(128, 128, 4, 2, groups=2, wide_bias=True),
@@ -58,6 +81,43 @@ FORWARD_SM90_CAUSAL = {
 # T5's bias of 64 wide heads beyond SHORT_SM90: three groups have too few registers for it
 FORWARD_SM90_LONG = ForwardConfig(128, 128, 4, 2, groups=2)
 SHORT_SM90 = 4096  # up to so many keys, T5's bias of 64 wide heads is faster in the portable kernel
+
+# (kernel, bytes per element, padded head width up to) -> configuration
+BACKWARD_PORTABLE = {
+    ("keys", 2, 64): BackwardConfig(64, 64, 8, 2),
+    ("keys", 2, 128): BackwardConfig(32, 64, 4, 1),
+    ("keys", 2, 256): BackwardConfig(32, 32, 8, 1),
+    ("queries", 2, 64): BackwardConfig(64, 64, 4, 1),
+    ("queries", 2, 128): BackwardConfig(64, 64, 8, 1),
+    ("queries", 2, 256): BackwardConfig(32, 32, 8, 1),
+    ("near", 2, 64): BackwardConfig(64, 64, 4, 2),
+    ("near", 2, 128): BackwardConfig(32, 64, 4, 1),
+    ("near", 2, 256): BackwardConfig(32, 16, 4, 1),
+    ("keys", 4, 128): BackwardConfig(32, 32, 4, 1),
+    ("queries", 4, 128): BackwardConfig(32, 32, 4, 1),
+    ("near", 4, 128): BackwardConfig(32, 32, 4, 1),
+    ("keys", 4, 256): BackwardConfig(16, 16, 4, 1),
+    ("queries", 4, 256): BackwardConfig(16, 16, 4, 1),
+    ("near", 4, 256): BackwardConfig(16, 16, 4, 1),
+}
+# sm_90: dropout, another bias than T5's, determinism, strides that the copy engine does not take
+BACKWARD_SM90 = {
+    ("keys", 2, 64): BackwardConfig(64, 128, 8, 2),
+    ("keys", 2, 128): BackwardConfig(64, 64, 8, 2),
+    ("queries", 2, 64): BackwardConfig(128, 64, 4, 2),
+    ("queries", 2, 128): BackwardConfig(64, 64, 8, 2),
+    ("near", 2, 128): BackwardConfig(64, 64, 8, 2),
+}
+# sm_90, none of these: head width -> configuration
+BACKWARD_SM90_FUSED = {
+    64: FusedConfig(BackwardConfig(64, 128, 8, 3), False, False),
+    128: FusedConfig(BackwardConfig(64, 128, 8, 3), True, True),
+}
+# sm_90: the sums of dS near the diagonal, for the table's gradient
+NEAR_IN_FUSED = 1024  # up to so many keys the fused kernel forms them as well, if heads are 64 wide
+NEAR_SUMS_RING = {64: 3, 128: 2}  # beyond that a kernel of their own: head width -> blocks of keys in shared memory
+NEAR_SUMS_GROUP = 3  # fp32 tiles that its registers hold
+NEAR_SUMS_TILES = (64, 128)  # queries and keys
 
 
 def forward_config(
@@ -88,3 +148,17 @@ def forward_config(
     if groups and not (biased and block_d == 64):
         return FORWARD_SM90_GROUPS[key]
     return FORWARD_SM90_LONG if groups and keys > SHORT_SM90 else FORWARD_SM90[key]
+
+
+def backward_config(kernel: str, block_d: int, element_size: int, capability: int) -> BackwardConfig:
+    """Configuration of `kernel` (keys, queries, near) for a padded head width.
+
+    Args:
+        kernel: the fused or keys' part of the backward pass, the queries' part, or the gradient of a dense bias.
+        block_d: padded head width, a power of two from 16 to 256.
+        element_size: bytes per element of q, k and v.
+        capability: ten times the compute capability, 0 on the CPU.
+    """
+    widest = 256 if block_d > 128 else 128 if block_d > 64 or element_size == 4 else 64
+    key = (kernel, element_size, widest)
+    return BACKWARD_SM90.get(key, BACKWARD_PORTABLE[key]) if capability == 90 else BACKWARD_PORTABLE[key]

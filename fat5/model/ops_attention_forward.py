@@ -105,8 +105,7 @@ def launch_forward(
         bias.right, origin, 0 if strips is None else strips.shape[1], problem.dropout_p,
         HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BIAS=bias.kind,
         CAUSAL=problem.causal, DROPOUT=problem.dropout_p > 0, TMA=tma, WIDTH=width,
-        Q_REGISTERS=config.q_registers, num_warps=config.num_warps, num_stages=config.num_stages,
-        maxnreg=config.max_registers,
+        num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return out, lse2
 

@@ -120,7 +120,6 @@ def forward_kernel(
     p_drop,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BIAS: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, TMA: tl.constexpr, WIDTH: tl.constexpr,
-    Q_REGISTERS: tl.constexpr,
 ):  # fmt: skip
     """Grid (query blocks, heads, segments)."""
     block = tl.program_id(0)
@@ -167,9 +166,6 @@ def forward_kernel(
     seed = p_seed
 
     b_q = load_rows(p_q, m0, len_q, stride_ql, BLOCK_M, HEAD_DIM, BLOCK_D)
-    if Q_REGISTERS:  # a product with the identity is exact, and its result stays in registers: less shared memory
-        o_d = tl.arange(0, BLOCK_D)
-        b_q = tl.dot(b_q, (o_d[:, None] == o_d[None, :]).to(b_q.dtype)).to(b_q.dtype)
     b_out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     b_max = tl.full([BLOCK_M], -INFINITY, tl.float32)
     b_sum = tl.zeros([BLOCK_M], tl.float32)

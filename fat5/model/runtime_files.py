@@ -31,7 +31,6 @@ RUNTIME_FILES = (
     "recomputed_linear.py",
     "ops_attention.py",
     "ops_attention_backward.py",
-    "ops_attention_backward_configs.py",
     "ops_attention_backward_hopper.py",
     "ops_attention_backward_hopper_launch.py",
     "ops_attention_backward_keys.py",

@@ -6,9 +6,8 @@ from attention_oracle import Inputs, assert_as_exact, gradients, plain_attention
 
 from fat5.model import ops_attention_backward, ops_attention_forward
 from fat5.model.ops_attention import attention
-from fat5.model.ops_attention_backward_configs import BackwardConfig
 from fat5.model.ops_attention_bias import AlibiBias, DenseBias, T5Bias
-from fat5.model.ops_attention_configs import ForwardConfig
+from fat5.model.ops_attention_configs import BackwardConfig, ForwardConfig
 
 
 def bias_of(x: Inputs, leaf: torch.Tensor | None):

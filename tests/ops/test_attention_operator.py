@@ -6,8 +6,8 @@ from torch.utils.checkpoint import checkpoint
 
 from fat5.model import ops_attention_backward
 from fat5.model.ops_attention import attention
-from fat5.model.ops_attention_backward_hopper_launch import DEFAULT
 from fat5.model.ops_attention_bias import AlibiBias, DenseBias, T5Bias
+from fat5.model.ops_attention_configs import BACKWARD_SM90_FUSED
 from fat5.model.position_alibi import alibi_slopes
 
 
@@ -156,7 +156,7 @@ def test_the_default_dtype_is_not_that_of_statistics(device, monkeypatch, dtype)
     q = torch.randn(1, 1, 70, 64, dtype=torch.bfloat16, device=device, requires_grad=True)
     out = attention(q, q, q).sum()
     seen = []
-    monkeypatch.setattr(ops_attention_backward, "hopper_config", lambda *_: DEFAULT[64])
+    monkeypatch.setattr(ops_attention_backward, "hopper_config", lambda *_: BACKWARD_SM90_FUSED[64])
     monkeypatch.setattr(ops_attention_backward, "launch_hopper", lambda *operands: seen.extend(operands[5:7]))
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
