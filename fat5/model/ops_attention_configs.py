@@ -84,13 +84,13 @@ SHORT_SM90 = 4096  # up to so many keys, T5's bias of 64 wide heads is faster in
 
 # (kernel, bytes per element, padded head width up to) -> configuration
 BACKWARD_PORTABLE = {
-    ("keys", 2, 64): BackwardConfig(64, 64, 8, 2),
-    ("keys", 2, 128): BackwardConfig(32, 64, 4, 1),
+    ("keys", 2, 64): BackwardConfig(32, 128, 8, 1),
+    ("keys", 2, 128): BackwardConfig(16, 64, 4, 1),
     ("keys", 2, 256): BackwardConfig(32, 32, 8, 1),
-    ("queries", 2, 64): BackwardConfig(64, 64, 4, 1),
+    ("queries", 2, 64): BackwardConfig(64, 32, 4, 2),
     ("queries", 2, 128): BackwardConfig(64, 64, 8, 1),
     ("queries", 2, 256): BackwardConfig(32, 32, 8, 1),
-    ("near", 2, 64): BackwardConfig(64, 64, 4, 2),
+    ("near", 2, 64): BackwardConfig(64, 32, 4, 1),
     ("near", 2, 128): BackwardConfig(32, 64, 4, 1),
     ("near", 2, 256): BackwardConfig(32, 16, 4, 1),
     ("keys", 4, 128): BackwardConfig(32, 32, 4, 1),
@@ -99,6 +99,13 @@ BACKWARD_PORTABLE = {
     ("keys", 4, 256): BackwardConfig(16, 16, 4, 1),
     ("queries", 4, 256): BackwardConfig(16, 16, 4, 1),
     ("near", 4, 256): BackwardConfig(16, 16, 4, 1),
+}
+# sm_100, whose sums lie in a memory of their own and leave room for larger tiles; from what the compiler reports
+BACKWARD_SM100 = {
+    ("keys", 2, 64): BackwardConfig(64, 64, 8, 2),
+    ("keys", 2, 128): BackwardConfig(32, 64, 4, 1),
+    ("queries", 2, 64): BackwardConfig(64, 64, 4, 1),
+    ("near", 2, 64): BackwardConfig(64, 64, 4, 2),
 }
 # sm_90: dropout, another bias than T5's, determinism, strides that the copy engine does not take
 BACKWARD_SM90 = {
@@ -161,4 +168,5 @@ def backward_config(kernel: str, block_d: int, element_size: int, capability: in
     """
     widest = 256 if block_d > 128 else 128 if block_d > 64 or element_size == 4 else 64
     key = (kernel, element_size, widest)
-    return BACKWARD_SM90.get(key, BACKWARD_PORTABLE[key]) if capability == 90 else BACKWARD_PORTABLE[key]
+    of_part = {90: BACKWARD_SM90, 100: BACKWARD_SM100}.get(capability, BACKWARD_PORTABLE)
+    return of_part.get(key, BACKWARD_PORTABLE[key])
