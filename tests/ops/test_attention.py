@@ -80,6 +80,18 @@ def test_lengths(device, length, causal):
     check(make(device, length, batch=1, heads=1, causal=causal, bidirectional=not causal))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("causal", [False, True])
+def test_scale_of_t5(device, dtype, causal):
+    """Wide heads whose scores nothing divides: rows with one heavy key.
+
+    A row's gradient is then a small difference of large sums, of which one is over the rounded output, as in every
+    attention that does not keep its weights. A row of two keys alone may be off by more than twice what plain torch is,
+    and is in FlashAttention by as much; what is judged is some dozens of rows.
+    """
+    check(make(device, 66, d=64, batch=1, dtype=dtype, causal=causal, bidirectional=not causal))
+
+
 @pytest.mark.parametrize("kind", ["t5", "alibi", "dense", None])
 @pytest.mark.parametrize(("lq", "lk", "causal"), [(40, 70, False), (70, 40, False), (33, 66, True), (66, 33, True)])
 def test_kinds_of_bias_on_unequal_lengths(device, kind, lq, lk, causal):

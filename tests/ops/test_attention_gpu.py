@@ -31,6 +31,19 @@ def test_real_sizes(device, dtype, kind, causal, deterministic):
     check(x, deterministic=deterministic)
 
 
+@pytest.mark.parametrize("dtype", [*HALF, torch.float32])
+@pytest.mark.parametrize("kind", ["t5", "dense", None])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("length", [66, 1023])
+def test_scale_of_t5(device, dtype, kind, causal, d, length):
+    """Scores eight to eleven times as wide as after a division by the root of the width: rows with one heavy key."""
+    check(
+        make(device, length, d=d, heads=4, dtype=dtype, kind=kind, causal=causal, bidirectional=not causal, buckets=32,
+             max_distance=128, dense=(1, 4))
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("d", [64, 128])
 @pytest.mark.parametrize("table", [(8, 20, True), (32, 128, True), (32, 128, False), (64, 128, True), (64, 256, True)])
 @pytest.mark.parametrize(("lq", "lk", "q_offset"), [(300, 300, 0), (65, 700, 37), (700, 130, 0)])
@@ -87,12 +100,15 @@ def test_32k(device):
 
 @pytest.mark.parametrize(("deterministic", "names"), [(True, "out dq dk dv dbias"), (False, "out dk dv dbias")])
 @pytest.mark.parametrize("d", [64, 128])
-@pytest.mark.parametrize("length", [700, 2048, "packed"])
+@pytest.mark.parametrize("length", [700, 2048, "packed", "dense"])
 @pytest.mark.parametrize("causal", [False, True])
 def test_repeated_runs_give_the_same_bits(device, deterministic, names, d, length, causal):
     """Up to 1024 keys the fused kernel sums the near tiles as well, beyond that a kernel of its own."""
     if length == "packed":
         x = make_packed(device, [512, 1, 0, 129, 1023], d=d, heads=4, dtype=torch.bfloat16, causal=causal, scale=0.125)
+    elif length == "dense":
+        x = make(device, 700, d=d, heads=4, batch=4, dtype=torch.bfloat16, kind="dense", dense=(1, 4), causal=causal,
+                 scale=0.125)  # fmt: skip
     else:
         x = make(device, length, d=d, heads=4, batch=4, dtype=torch.bfloat16, buckets=32, max_distance=128,
                  causal=causal, bidirectional=not causal, scale=0.125)  # fmt: skip
@@ -191,6 +207,7 @@ def test_nothing_outside_the_outputs_is_written(device, monkeypatch, d, packed):
 
     monkeypatch.setattr(torch, "empty", guarded)
     monkeypatch.setattr(torch, "empty_like", lambda t, **options: guarded(t.shape, dtype=t.dtype, device=t.device))
+    monkeypatch.setattr(torch, "zeros", lambda *size, **options: guarded(*size, **options).zero_())
     results = gradients(run(x, leaves), leaves, grad)
     torch.cuda.synchronize()
     monkeypatch.undo()
