@@ -98,5 +98,5 @@ def line_buckets(bidirectional: bool, num_buckets: int, max_distance: int, devic
 
 
 def expand_table(table: torch.Tensor, buckets: torch.Tensor) -> torch.Tensor:
-    """Bias line fp32 `[H, R]` of a table `[num_buckets, H]`, for the buckets `[R]` of its distances."""
-    return table.float()[buckets].t().contiguous()
+    """Bias line, fp32 or better, `[H, R]` of a table `[num_buckets, H]`, for the buckets `[R]` of its distances."""
+    return table.to(torch.promote_types(table.dtype, torch.float32))[buckets].t().contiguous()

@@ -5,7 +5,7 @@ from itertools import pairwise
 import torch
 
 from .ops_attention_bias import AlibiBias, DenseBias, T5Bias
-from .ops_operator import is_watched
+from .ops_operator import INTERPRETED, is_watched
 
 MAX_HEAD_DIM = 256
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -123,7 +123,7 @@ def check_devices(
 
 def _served(x: torch.Tensor) -> bool:
     """Whether the dtype is one of the kernels', or, where there are none, of plain torch."""
-    return x.dtype in DTYPES or (x.is_floating_point() and x.device.type != "cuda")
+    return x.dtype in DTYPES or (x.is_floating_point() and x.device.type != "cuda" and not INTERPRETED)
 
 
 def _whole(x: torch.Tensor) -> bool:

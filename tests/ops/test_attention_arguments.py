@@ -39,6 +39,12 @@ def test_bad_arguments_are_named(change, message):
         attention(arguments.pop("q"), arguments.pop("k"), arguments.pop("v"), **arguments)
 
 
+def test_the_kernels_take_no_double_precision(device):
+    x = torch.randn(1, 2, 33, 16, dtype=torch.float64, device=device)
+    with pytest.raises(ValueError, match=r"bf16, fp16, fp32: got torch\.float64"):
+        attention(x, x, x)
+
+
 def test_head_dim_limit_and_packed_options():
     wide = torch.randn(1, 1, 2, 264)
     with pytest.raises(ValueError, match="head_dim is 264"):

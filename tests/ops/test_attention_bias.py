@@ -41,6 +41,12 @@ def test_line_and_its_transpose(device, dtype, options):
     torch.testing.assert_close(got.cpu(), expected, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
 
 
+def test_a_table_in_double_precision_stays_so():
+    table = torch.randn(8, 2, dtype=torch.float64)
+    buckets = bias_line(True, 8, 20).buckets
+    assert torch.equal(expand_table(table, buckets), table[buckets].t())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("phase", [0, 3])
 def test_strips_are_the_line_in_the_order_of_the_accumulator(device, dtype, phase):
