@@ -77,6 +77,7 @@ class BiasArgs:
     exact_dtype: torch.dtype = torch.float32
 
 
+@torch.compiler.assume_constant_result  # where torch traces, it cannot read the ends off
 @kept
 def bias_line(bidirectional: bool, num_buckets: int, max_distance: int) -> BiasLine:
     """The shortest line that holds all of T5's buckets: its ends are read off the buckets themselves."""

@@ -24,24 +24,30 @@ def kept(device, seed, length, p=P, **options):
     return attention(q, q, eye, dropout_p=p, seed=seed, **options) > 0
 
 
+def documented(seed, segments, heads, length, p=P):
+    """What is kept, `[segments, heads, L, L]`."""
+    places = torch.arange(length, device=seed.device)
+    return dropout_mask(seed, p, torch.arange(segments, device=seed.device)[:, None, None, None], heads, places, places)
+
+
 @pytest.mark.parametrize("length", [16, 96])
 def test_mask_is_the_documented_philox_stream(device, seed, length):
-    assert torch.equal(kept(device, seed, length), dropout_mask(seed, P, 0, 2, 2, length, length))
+    assert torch.equal(kept(device, seed, length), documented(seed, 2, 2, length))
 
 
 def test_philox_matches_its_published_vectors():
     """Salmon et al. 2011, known-answer tests of Philox4x32-10, seen through the uniform it makes."""
     seed = torch.zeros(1, dtype=torch.int64)
     uniform = 0x6627E8D5 / 2**31  # first word for counter 0 and key 0, which is below 2**31
-    assert dropout_mask(seed, uniform * 0.9999, 0, 1, 1, 1, 1).item()
-    assert not dropout_mask(seed, uniform * 1.0001, 0, 1, 1, 1, 1).item()
+    assert documented(seed, 1, 1, 1, uniform * 0.9999).item()
+    assert not documented(seed, 1, 1, 1, uniform * 1.0001).item()
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_gradients_match_the_materialised_mask(device, seed, deterministic):
     q, k, v = (torch.randn(2, 2, 70, 16, device=device) for _ in range(3))
     x = Inputs(q, k, v, torch.randn(8, 2, device=device), "t5", max_distance=20, scale=0.5)
-    keep = dropout_mask(seed, P, 0, 2, 2, 70, 70)
+    keep = documented(seed, 2, 2, 70)
     exact_leaves, plain_leaves, leaves = x.leaves(torch.float64), x.leaves(), x.leaves()
     exact = plain_attention(x, exact_leaves, keep, P)
     plain = plain_attention(x, plain_leaves, keep, P)
@@ -80,7 +86,7 @@ def test_reference_drops_the_same_weights(device, seed):
 
 def test_share_of_kept_weights(device, seed):
     """Within five standard deviations overall, and no correlation between heads, rows, columns or neighbours."""
-    mask = dropout_mask(seed, P, 0, 4, 4, 128, 128).double() - (1 - P)
+    mask = documented(seed, 4, 4, 128).double() - (1 - P)
     assert abs(mask.mean()) < 5 * (P * (1 - P) / mask.numel()) ** 0.5
     for axis in range(4):
         a, b = mask.narrow(axis, 0, mask.shape[axis] - 1), mask.narrow(axis, 1, mask.shape[axis] - 1)
