@@ -100,7 +100,7 @@ BACKWARD_PORTABLE = {
     ("queries", 4, 256): BackwardConfig(16, 16, 4, 1),
     ("near", 4, 256): BackwardConfig(16, 16, 4, 1),
 }
-# sm_100, whose sums lie in a memory of their own and leave room for larger tiles; from what the compiler reports
+# sm_100 to sm_110, whose sums lie in a memory of their own and leave room for larger tiles; as the compiler reports
 BACKWARD_SM100 = {
     ("keys", 2, 64): BackwardConfig(64, 64, 8, 2),
     ("keys", 2, 128): BackwardConfig(32, 64, 4, 1),
@@ -113,6 +113,7 @@ BACKWARD_SM90 = {
     ("keys", 2, 128): BackwardConfig(64, 64, 8, 2),
     ("queries", 2, 64): BackwardConfig(128, 64, 4, 2),
     ("queries", 2, 128): BackwardConfig(64, 64, 8, 2),
+    ("near", 2, 64): BackwardConfig(64, 64, 4, 2),
     ("near", 2, 128): BackwardConfig(64, 64, 8, 2),
 }
 # sm_90, none of these: head width -> configuration
@@ -161,12 +162,14 @@ def backward_config(kernel: str, block_d: int, element_size: int, capability: in
     """Configuration of `kernel` (keys, queries, near) for a padded head width.
 
     Args:
-        kernel: the fused or keys' part of the backward pass, the queries' part, or the gradient of a dense bias.
+        kernel: the fused or keys' part of the backward pass, whose tiles T5's near sums have as well; the queries'
+            part; or the gradient of a dense bias.
         block_d: padded head width, a power of two from 16 to 256.
         element_size: bytes per element of q, k and v.
         capability: ten times the compute capability, 0 on the CPU.
     """
     widest = 256 if block_d > 128 else 128 if block_d > 64 or element_size == 4 else 64
     key = (kernel, element_size, widest)
-    of_part = {90: BACKWARD_SM90, 100: BACKWARD_SM100}.get(capability, BACKWARD_PORTABLE)
-    return of_part.get(key, BACKWARD_PORTABLE[key])
+    if capability == 90:
+        return BACKWARD_SM90.get(key, BACKWARD_PORTABLE[key])
+    return BACKWARD_SM100.get(key, BACKWARD_PORTABLE[key]) if 100 <= capability < 120 else BACKWARD_PORTABLE[key]
