@@ -26,3 +26,11 @@ def device() -> torch.device:
     assert kernels_serve(device), "these tests would miss the kernels"
     assert (device.type == "cpu") == INTERPRETED, "the kernels were imported before these tests could set them up"
     return device
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where there is a GPU, the tests of kernels are its tests: `-m gpu` runs them, too."""
+    if torch.cuda.is_available():
+        for item in items:
+            if "device" in getattr(item, "fixturenames", ()):
+                item.add_marker(pytest.mark.gpu)

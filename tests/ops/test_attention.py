@@ -80,6 +80,11 @@ def test_lengths(device, length, causal):
     check(make(device, length, batch=1, heads=1, causal=causal, bidirectional=not causal))
 
 
+@pytest.mark.parametrize(("length", "causal"), [(511, False), (1023, True)])
+def test_many_tiles(device, length, causal):
+    check(make(device, length, batch=1, heads=1, dtype=torch.bfloat16, causal=causal, bidirectional=not causal))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("causal", [False, True])
 def test_scale_of_t5(device, dtype, causal):
