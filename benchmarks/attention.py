@@ -2,10 +2,12 @@
 
     python benchmarks/attention.py                        # everything (one GPU, about 5 minutes)
     python benchmarks/attention.py --head-dims 64 --lengths 1024 4096 --peers fat5_t5 cudnn_no_bias
+    python benchmarks/attention.py --stored benchmarks/results/attention-nvidia-h200.json      # print and draw it again
     TRITON_INTERPRET=1 python benchmarks/attention.py     # toy sizes on a CPU: runs everything, times mean nothing
 
-All on the same tensors in one run: bf16, `heads * head_dim = 768`, a constant number of tokens. Prints a table, and
-writes `attention-<device>.json` (figures, device, versions, commit, date) and a picture to `benchmarks/results/`.
+All on the same tensors in one run: bf16, `heads * head_dim = 768`, a constant number of tokens. Prints tables of rates,
+of memory and of FAT5's ratios to its peers, and writes `attention-<device>.json` (figures, ratios, device, versions,
+commit, date) and a picture to `benchmarks/results/`.
 
 Forward and backward are captured in CUDA graphs, so that no launcher's speed is measured, and replayed with a cold L2;
 backward is (forward and backward) minus forward, medians of each. FLOPs are counted as 4BHMND forward and 10BHMND
@@ -18,6 +20,7 @@ import re
 import sys
 import time
 from collections.abc import Callable
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -37,6 +40,7 @@ if INTERPRETED:
 
 RESULTS = Path(__file__).parent / "results"
 WIDTH = 768
+LENGTHS = [512, 1024, 2048, 4096, 16384, 32768]
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 Run = Callable[..., torch.Tensor]
 
@@ -107,7 +111,7 @@ PEERS: dict[str, tuple[str | None, Callable[[bool], Run], int]] = {
     "cudnn_no_bias": (None, sdpa(SDPBackend.CUDNN_ATTENTION), 1 << 20),
     "flash2_no_bias": (None, sdpa(SDPBackend.FLASH_ATTENTION), 1 << 20),
     "efficient_no_bias": (None, sdpa(SDPBackend.EFFICIENT_ATTENTION), 1 << 20),
-    "sdpa_dense_bias": ("dense", sdpa(SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH), 4096),
+    "sdpa_dense_bias": ("dense", sdpa(SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH), 16384),
     "cudnn_dense_bias": ("dense", sdpa(SDPBackend.CUDNN_ATTENTION), 4096),
     "flex_learned_line": ("line", flex, 1 << 20),
 }
@@ -162,7 +166,7 @@ def measure(name: str, head_dim: int, length: int, tokens: int, causal: bool, re
         forward = milliseconds(lambda: run(*(x.detach() for x in leaves)), rep)
         both = milliseconds(lambda: torch.autograd.grad(run(*leaves), leaves, grad), rep)
     except (RuntimeError, ValueError) as error:  # a backend that does not take these tensors says so
-        return record | {"skipped": str(error).splitlines()[0][:200]}
+        return record | {"skipped": " ".join(str(error).split()[:30])}
     products = leaves[0].shape[0] * length * length * WIDTH * (0.5 if causal else 1.0)
     return record | {
         "batch": leaves[0].shape[0],
@@ -190,52 +194,86 @@ def check_kernels() -> tuple[list[dict], list[str]]:
     return kernels, wrong
 
 
-def print_table(records: list[dict]) -> None:
-    """One row per peer, one column per length: forward / backward TFLOPS."""
-    groups = sorted({(r["head_dim"], r["causal"]) for r in records})
-    for head_dim, causal in groups:
-        rows = [r for r in records if (r["head_dim"], r["causal"]) == (head_dim, causal)]
-        lengths = sorted({r["length"] for r in rows})
-        print(f"\nhead_dim {head_dim}, {'causal' if causal else 'not causal'}: TFLOPS forward / backward")
-        print(f"{'':24}" + "".join(f"{n:>13}" for n in lengths))
-        for name in PEERS:
-            cells = {r["length"]: f"{r['forward_tflops']:.4g}/{r['backward_tflops']:.4g}" for r in rows
-                     if r["peer"] == name and "forward_tflops" in r}  # fmt: skip
-            if cells:
-                print(f"{name:24}" + "".join(f"{cells.get(n, '-'):>13}" for n in lengths), flush=True)
+def ratios(records: list[dict]) -> list[dict]:
+    """How often faster `fat5_t5` is than each peer at each size, and what share of its extra memory it takes."""
+    key = itemgetter("head_dim", "length", "causal")
+    ours = {key(r): r for r in records if r["peer"] == "fat5_t5" and "forward_tflops" in r}
+    found = []
+    for r in records:
+        own = ours.get(key(r))
+        if own is None or r["peer"] == "fat5_t5" or "forward_tflops" not in r:
+            continue
+        ratio = {name: r[name] for name in ("peer", "head_dim", "length", "causal")}
+        for way in ("forward", "backward"):
+            ratio[way] = round(own[f"{way}_tflops"] / r[f"{way}_tflops"], 3)
+        if r["extra_memory_bytes"]:
+            ratio["extra_memory"] = round(own["extra_memory_bytes"] / r["extra_memory_bytes"], 4)
+        found.append(ratio)
+    return found
+
+
+def print_tables(records: list[dict]) -> None:
+    """For each head width, causal or not, tables with a row per peer and a column per length."""
+    tables: list[tuple[str, list[dict], Callable[[dict], str]]] = [
+        ("TFLOPS forward/backward", records, lambda r: f"{r['forward_tflops']:.4g}/{r['backward_tflops']:.4g}"),
+        ("fat5_t5 is so often as fast, forward/backward", ratios(records), lambda r: f"{r['forward']}/{r['backward']}"),
+    ]
+    if any(r.get("extra_memory_bytes") for r in records):
+        tables.append(("MiB of extra memory", records, lambda r: f"{r['extra_memory_bytes'] / 2**20:.1f}"))
+    for head_dim, causal in sorted({(r["head_dim"], r["causal"]) for r in records}):
+        for title, source, cell in tables:
+            rows = [r for r in source if (r["head_dim"], r["causal"]) == (head_dim, causal) and "skipped" not in r]
+            lengths = sorted({r["length"] for r in rows})
+            print(f"\nhead_dim {head_dim}, {'causal' if causal else 'not causal'}: {title}")
+            print(f"{'':24}" + "".join(f"{n:>13}" for n in lengths))
+            for name in PEERS:
+                cells = {r["length"]: cell(r) for r in rows if r["peer"] == name}
+                if cells:
+                    print(f"{name:24}" + "".join(f"{cells.get(n, '-'):>13}" for n in lengths), flush=True)
 
 
 def draw(records: list[dict], device: str, path: Path) -> None:
-    """TFLOPS over length: a row of plots for each head width, forward and backward, causal or not."""
+    """Rates and memory over length: a row of plots for each head width, causal or not."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
     from matplotlib.lines import Line2D
 
-    head_dims, kinds = sorted({r["head_dim"] for r in records}), sorted({r["causal"] for r in records})
-    columns = [(causal, way) for causal in kinds for way in ("forward", "backward")]
-    figure, axes = pyplot.subplots(
-        len(head_dims), len(columns), figsize=(4.2 * len(columns), 3.6 * len(head_dims)), squeeze=False, sharex=True
-    )
+    quantities = {"forward, TFLOPS": ("forward_tflops", 1), "backward, TFLOPS": ("backward_tflops", 1)}
+    if any(r.get("extra_memory_bytes") for r in records):
+        quantities["extra memory, MiB"] = ("extra_memory_bytes", 2**20)
+    rows = sorted({(r["head_dim"], r["causal"]) for r in records})
+    size = (4.2 * len(quantities), 3.2 * len(rows))
+    figure, axes = pyplot.subplots(len(rows), len(quantities), figsize=size, squeeze=False, sharex=True)
     lines: dict[str, Line2D] = {}
-    for axis, (head_dim, (causal, way)) in zip(axes.flat, [(d, c) for d in head_dims for c in columns], strict=True):
-        for name in PEERS:
-            points = sorted((r["length"], r[f"{way}_tflops"]) for r in records if f"{way}_tflops" in r
-                            and (r["peer"], r["head_dim"], r["causal"]) == (name, head_dim, causal))  # fmt: skip
-            if points:
-                style = "-" if name.startswith("fat5") else "--"
-                color = f"C{list(PEERS).index(name)}"  # the same in every plot
-                (lines[name],) = axis.plot(*zip(*points, strict=True), style, color=color, marker="o", markersize=3)
-        axis.set_title(f"{way}, head_dim {head_dim}{', causal' if causal else ''}", fontsize=10)
-        axis.set_xscale("log", base=2)
-        axis.set_ylim(bottom=0)
-        axis.grid(alpha=0.3)
-    axes[0, 0].set_ylabel("TFLOPS")
+    for plots, (head_dim, causal) in zip(axes, rows, strict=True):
+        for axis, (title, (quantity, unit)) in zip(plots, quantities.items(), strict=True):
+            for name in PEERS:
+                points = sorted((r["length"], r[quantity] / unit) for r in records if quantity in r
+                                and (r["peer"], r["head_dim"], r["causal"]) == (name, head_dim, causal))  # fmt: skip
+                if points:
+                    style = "-" if name.startswith("fat5") else "--"
+                    color = f"C{list(PEERS).index(name)}"  # the same in every plot
+                    (lines[name],) = axis.plot(*zip(*points, strict=True), style, color=color, marker="o", markersize=3)
+            axis.set_title(f"{title}, head_dim {head_dim}{', causal' if causal else ''}", fontsize=10)
+            axis.set_xscale("log", base=2)
+            if unit == 1:
+                axis.set_ylim(bottom=0)
+            else:
+                axis.set_yscale("log")
+            axis.grid(alpha=0.3)
     figure.suptitle(f"Attention on {device}, bf16")
     figure.tight_layout(rect=(0, 0.05, 1, 1))
-    figure.legend(lines.values(), lines, loc="lower center", ncols=len(lines), fontsize=8)
-    figure.savefig(path, dpi=110)
+    figure.legend(lines.values(), lines, loc="lower center", ncols=5, fontsize=8)
+    figure.savefig(path, dpi=100)
+
+
+def show(about: dict, records: list[dict], path: Path) -> None:
+    """Store the figures and their ratios, print them, and draw them beside the file."""
+    path.write_text(json.dumps(about | {"ratios": ratios(records), "records": records}, indent=1) + "\n")
+    print_tables(records)
+    draw(records, about["device"], path.with_suffix(".png"))
 
 
 def main() -> None:
@@ -243,13 +281,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--peers", nargs="+", choices=list(PEERS), default=list(PEERS))
     parser.add_argument("--head-dims", nargs="+", type=int, default=[64, 128] if ON_GPU else [64])
-    parser.add_argument("--lengths", nargs="+", type=int, default=[512, 1024, 2048, 4096, 16384] if ON_GPU else [64])
+    parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS if ON_GPU else [64])
     parser.add_argument("--causal", nargs="+", choices=("no", "yes"), default=["no", "yes"])
     parser.add_argument("--tokens", type=int, default=32768 if ON_GPU else 64)
     parser.add_argument("--rep", type=int, default=100, help="milliseconds of replays per figure")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no new measurement after this time")
     parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument(
+        "--stored", type=Path, help="measure nothing: print and draw the figures of this file, add ratios"
+    )
     arguments = parser.parse_args()
+    if arguments.stored:
+        about = json.loads(arguments.stored.read_text())
+        show(about, about.pop("records"), arguments.stored)
+        return
     start = time.monotonic()
     about, records = describe(), []
     device = re.sub(r"[^a-z0-9]+", "-", about["device"].lower().split(",")[0]).strip("-")
@@ -266,9 +311,7 @@ def main() -> None:
         path.write_text(json.dumps(about | {"tokens": arguments.tokens, "records": records}, indent=1) + "\n")
     kernels, wrong = check_kernels()
     about |= {"tokens": arguments.tokens, "kernels": kernels}
-    path.write_text(json.dumps(about | {"records": records}, indent=1) + "\n")
-    print_table(records)
-    draw(records, about["device"], path.with_suffix(".png"))
+    show(about, records, path)
     skipped = sorted({f"{r['peer']}: {r['skipped']}" for r in records if "skipped" in r})
     print("\n" + "\n".join([*skipped, *wrong, f"written: {path} and its picture"]))
     sys.exit(bool(wrong))
