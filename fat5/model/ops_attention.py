@@ -44,6 +44,12 @@ except ImportError as error:
         )
 
 
+REVERSE_MODE_ONLY = (
+    "the attention kernels know reverse-mode autograd of one gradient only: for torch.func, forward mode and batched "
+    "gradients use the eager implementation"
+)
+
+
 def kernels_serve(device: torch.device) -> bool:
     """Whether tensors on `device` go through the Triton kernels: an NVIDIA GPU from sm_80 on, or the interpreter."""
     return HAS_KERNELS and (INTERPRETED or (device.type == "cuda" and _is_supported(device)))
@@ -111,7 +117,8 @@ def attention(
 
     Raises:
         ValueError: shapes, dtypes, devices or options that do not fit together.
-        NotImplementedError: inside a transform of `torch.func` or forward-mode differentiation, on the kernels.
+        NotImplementedError: inside a transform of `torch.func`, in forward-mode differentiation or of batched gradients
+            (`is_grads_batched`), on the kernels. (Where `torch.compile` traces such a transform, the error is its own.)
 
     Sources: FlashAttention-2 (Dao 2023, arXiv:2307.08691) for the tiling, T5 (Raffel et al. 2020, arXiv:1910.10683)
     for the bias.
@@ -136,10 +143,7 @@ def attention(
         seed = torch.randint(1 << 62, (1,), device=q.device)
     if kernels_serve(q.device):
         if is_transformed():
-            raise NotImplementedError(
-                "the attention kernels know reverse-mode autograd only: for torch.func and forward mode use the eager "
-                "implementation"
-            )
+            raise NotImplementedError(REVERSE_MODE_ONLY)
         q, k, v = (addressable(x) for x in (q, k, v))
         deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
         out, _ = attention_forward(
@@ -301,6 +305,8 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Te
 
 
 def _backward(ctx: Any, grad: torch.Tensor, _grad_lse: None) -> tuple[torch.Tensor | None, ...]:
+    if not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(grad):
+        raise NotImplementedError(REVERSE_MODE_ONLY)
     q, k, v, bias, cu_q, cu_k, lengths_k, seed, out, lse = ctx.saved_tensors
     dq, dk, dv, dbias = attention_backward(
         grad, q, k, v, out, lse, bias, cu_q, cu_k, lengths_k, seed, *ctx.options, ctx.needs_input_grad[3],
