@@ -1,6 +1,7 @@
 """What attention is, written out independently of the code under test, and how errors against it are judged."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,8 +13,13 @@ Fp32: scores of 16 and more, in units of log 2, have lost a few units in the las
 """
 
 
-def assert_as_exact(name: str, got: torch.Tensor, exact: torch.Tensor, plain: torch.Tensor) -> None:
-    """Error against fp64 at most twice that of plain PyTorch in the same dtype, plus a rounding floor."""
+def assert_as_exact(
+    name: str, got: torch.Tensor, exact: torch.Tensor, plain: torch.Tensor, more: torch.Tensor | None = None
+) -> None:
+    """Error against fp64 at most twice that of plain PyTorch in the same dtype, plus a rounding floor.
+
+    `more` raises the floor by its largest element: see `loss_by_rounding_the_output`.
+    """
     assert got.shape == exact.shape, f"{name}: shape {list(got.shape)}, not {list(exact.shape)}"
     assert got.dtype == plain.dtype, f"{name}: dtype {got.dtype}, not {plain.dtype}"
     if exact.numel() == 0:
@@ -22,6 +28,8 @@ def assert_as_exact(name: str, got: torch.Tensor, exact: torch.Tensor, plain: to
     size = max(exact.abs().max().item(), 1.0)
     error = (got.double() - exact).abs().max().item()
     allowed = 2 * (plain.double() - exact).abs().max().item() + FLOORS[got.dtype] * size
+    if more is not None:
+        allowed += more.abs().max().item()
     assert error <= allowed, f"{name}: error {error:.3e} where {allowed:.3e} is allowed (size {size:.3e})"
 
 
@@ -83,19 +91,53 @@ def plain_attention(
     x: Inputs, leaves: list[torch.Tensor], keep: torch.Tensor | None = None, p: float = 0.0
 ) -> torch.Tensor:
     """Attention in the leaves' dtype by ordinary operations, segment by segment; `keep` is a mask of kept weights."""
+    parts = []
+    for q, k, v, bias in _segments(x, leaves):
+        scores, visible = _scores(x, q, k, bias)
+        weights = torch.where(visible, scores.softmax(-1), 0.0)
+        if keep is not None:
+            weights = weights * keep / (1 - p)
+        parts.append(weights @ v)
+    return _join(x, parts)
+
+
+def loss_by_rounding_the_output(
+    x: Inputs, leaves: list[torch.Tensor], exact: torch.Tensor, out: torch.Tensor, grad: torch.Tensor
+) -> list[torch.Tensor]:
+    """What gradients of fp64 leaves lose by the output being kept as `out`, in 16 bits.
+
+    Backward takes the sum of weight * dweight over a row from dout @ out, as FlashAttention does (Dao 2023,
+    arXiv:2307.08691, algorithm 2). Off by e, it moves dscores by -weights * e: the gradient of e * logsumexp(scores).
+    """
+    error = (grad.double() * (out.double() - exact)).sum(-1).detach()
+    parts = []
+    for q, k, _, bias in _segments(x, leaves):
+        scores, visible = _scores(x, q, k, bias)
+        parts.append(torch.where(visible.any(-1), scores.logsumexp(-1), 0.0)[..., None])
+    return gradients(_join(x, parts)[..., 0], leaves, error)
+
+
+def _segments(x: Inputs, leaves: list[torch.Tensor]) -> Iterator[tuple[torch.Tensor, ...]]:
+    """q, k, v `[B, H, L, D]` of each segment, or of the padded rows, and the bias."""
     q, k, v = leaves[:3]
     bias = leaves[3] if len(leaves) > 3 else x.bias
     if x.cu_q is None:
-        return _one(x, q, k, v, bias, keep, p)
-    parts = []
+        yield q, k, v, bias
+        return
     for s in range(len(x.cu_q) - 1):
         rows_q, rows_k = slice(int(x.cu_q[s]), int(x.cu_q[s + 1])), slice(int(x.cu_k[s]), int(x.cu_k[s + 1]))
-        one = [t[rows].transpose(0, 1)[None] for t, rows in ((q, rows_q), (k, rows_k), (v, rows_k))]
-        parts.append(_one(x, *one, bias, None, 0.0)[0].transpose(0, 1))
-    return torch.cat(parts)
+        yield *(t[rows].transpose(0, 1)[None] for t, rows in ((q, rows_q), (k, rows_k), (v, rows_k))), bias
 
 
-def _one(x, q, k, v, bias, keep, p) -> torch.Tensor:
+def _join(x: Inputs, parts: list[torch.Tensor]) -> torch.Tensor:
+    """`[B, H, L, ...]` of each segment, laid out as the queries are."""
+    return parts[0] if x.cu_q is None else torch.cat([part[0].transpose(0, 1) for part in parts])
+
+
+def _scores(
+    x: Inputs, q: torch.Tensor, k: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores `[B, H, Lq, Lk]`, very small where no key is visible, and where it is."""
     keys = torch.arange(k.shape[2], device=q.device)
     distances = keys - torch.arange(q.shape[2], device=q.device)[:, None] - x.q_offset
     scores = q @ k.transpose(2, 3) * x.scale
@@ -113,11 +155,7 @@ def _one(x, q, k, v, bias, keep, p) -> torch.Tensor:
         visible &= distances <= 0
     if x.key_lengths is not None:
         visible &= (keys < x.key_lengths[:, None])[:, None, None, :]
-    scores = torch.where(visible, scores, -1e30 if q.dtype != torch.float16 else -6e4)
-    weights = torch.where(visible, scores.softmax(-1), 0.0)
-    if keep is not None:
-        weights = weights * keep / (1 - p)
-    return weights @ v
+    return torch.where(visible, scores, -1e30 if q.dtype != torch.float16 else -6e4), visible
 
 
 def gradients(out: torch.Tensor, leaves: list[torch.Tensor], grad: torch.Tensor) -> list[torch.Tensor]:
