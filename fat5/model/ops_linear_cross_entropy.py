@@ -5,6 +5,7 @@ their place, and from it the gradients of hidden states and weight, all while fo
 Three matrix products, as with all logits at once.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -109,9 +110,15 @@ def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, first: b
         torch.ops.aten.addmm.dtype_out(total, a, b, torch.float32, out=total)
 
 
-def _stored_factor(dtype: torch.dtype) -> float:
-    """Factor on gradients of logits where they are stored in a dtype."""
-    return FP16_FACTOR if dtype == torch.float16 else 1.0
+def _stored_factor(dtype: torch.dtype, z_loss: float) -> float:
+    """Factor on gradients of logits where they are stored in a dtype: a power of two that lets none overflow.
+
+    Of the loss they are 1 at most, of the z-loss `2 * z_loss * lse`, whose log-sum-exp may be as large as a logit.
+    """
+    if dtype != torch.float16:
+        return 1.0
+    largest = torch.finfo(torch.float16).max
+    return min(FP16_FACTOR, 2.0 ** math.floor(math.log2(largest / (1 + 2 * z_loss * largest))))
 
 
 @torch.library.custom_op("fat5::linear_cross_entropy_sum", mutates_args=())
@@ -137,7 +144,7 @@ def linear_cross_entropy_sum(
     dhidden = torch.empty(hidden.shape if hidden_learns else 0, dtype=hidden.dtype, device=hidden.device)
     allocate = torch.empty if hidden.shape[0] else torch.zeros
     dweight = allocate(weight.shape if weight_learns else 0, dtype=torch.float32, device=hidden.device)
-    stored = _stored_factor(hidden.dtype)
+    stored = _stored_factor(hidden.dtype, z_loss)
     factor = stored if hidden_learns or weight_learns else None
     for rows, states, logits in _chunks(hidden, weight, logit_scale):
         its = Rows(*(x[rows] for x in results))
@@ -162,6 +169,7 @@ def _sum_shapes(hidden: torch.Tensor, weight: torch.Tensor, *options: Any) -> tu
 def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     ctx.save_for_backward(*output[3:])
     ctx.dtype, ctx.logit_scale = inputs[0].dtype, inputs[3]
+    ctx.stored = _stored_factor(ctx.dtype, inputs[5])
     ctx.learns = inputs[-2:]
 
 
@@ -174,7 +182,7 @@ def _scale_gradients(ctx: Any, dloss: torch.Tensor, *_: Any) -> tuple[torch.Tens
 @once_differentiable
 def _scaled_gradients(ctx: Any, dloss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     gradients: list[torch.Tensor | None] = []
-    factors = ctx.logit_scale, ctx.logit_scale / _stored_factor(ctx.dtype)
+    factors = ctx.logit_scale, ctx.logit_scale / ctx.stored
     for gradient, learns, factor in zip(ctx.saved_tensors, ctx.learns, factors, strict=True):
         scaled = gradient.new_empty(gradient.shape, dtype=ctx.dtype)
         # one dimension makes `dloss` count in fp32, and `out` saves a copy in fp32

@@ -300,3 +300,22 @@ def test_nothing_waits_for_the_device(device):
             linear_cross_entropy(hidden, weight, labels, z_loss=1e-4, reduction=reduction).loss.sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize(("z_loss", "logit"), [(1.0, 200.0), (0.1, 2000.0), (1e-2, 13000.0), (1e-4, 60000.0)])
+def test_large_z_loss_in_fp16_keeps_its_gradients(device, z_loss, logit):
+    """A logit's may be many times as large as without, which leaves no room for the factor that keeps small ones."""
+    exact = [torch.eye(4, 8).double() * logit, torch.eye(5, 8).double()]
+    labels = torch.tensor([0, 1, 2, 4], device=device)
+    found = []
+    for dtype in (torch.float64, torch.float16):
+        hidden, weight = (x.to(device, dtype).requires_grad_() for x in exact)
+        if dtype == torch.float64:
+            logits = hidden @ weight.T
+            lse = logits.logsumexp(-1)
+            loss = (lse - logits[torch.arange(4, device=device), labels] + z_loss * lse**2).mean()
+        else:
+            loss = linear_cross_entropy(hidden, weight, labels, z_loss=z_loss).loss
+        found.append(torch.autograd.grad(loss / logit, (hidden, weight)))
+    for got, expected in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(got.double(), expected, rtol=5e-3, atol=5e-3)
