@@ -148,6 +148,7 @@ def train_tokenizer(
     from fat5.data.documents import read_documents
     from fat5.data.extend_tokenizer import extend_tokenizer
     from fat5.data.load_tokenizer import load_tokenizer
+    from fat5.data.save_tokenizer import save_tokenizer
     from fat5.data.train_tokenizer import train_tokenizer as make_tokenizer
 
     with _reported():
@@ -158,12 +159,12 @@ def train_tokenizer(
             made = make_tokenizer(
                 documents, kind, size, sentinels=sentinels, mode_tokens=mode_tokens, byte_fallback=byte_fallback
             )
-            made.save_pretrained(out)
+            save_tokenizer(made, out)
             click.echo(f"{len(made)} ids ({kind}), {sentinels} sentinels: {out}")
             return
         made, parts = extend_tokenizer(load_tokenizer(extend), documents, new_pieces)
         kept = _extend_weights(extend, out, len(made), parts)
-        made.save_pretrained(out)
+        save_tokenizer(made, out)
     click.echo(f"{len(parts)} new pieces, {len(made)} ids{', with the model' if kept else ''}: {out}")
 
 

@@ -75,6 +75,7 @@ def extend_tokenizer(
         eos_token=tokenizer.eos_token,
         unk_token=tokenizer.unk_token,
         model_max_length=tokenizer.model_max_length,
+        model_input_names=["input_ids", "attention_mask"],
     )
     return extended, parts
 

@@ -62,8 +62,9 @@ def train_tokenizer(
     tokenizer.post_processor = processors.TemplateProcessing("$A </s>", "$A </s> $B </s>", [("</s>", 1)])
     # Named one by one: how a list of further special tokens is called differs between releases of transformers.
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=10**9
-    )
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=10**9,
+        model_input_names=["input_ids", "attention_mask"],
+    )  # fmt: skip
 
 
 def _blank(model: models.Model) -> Tokenizer:

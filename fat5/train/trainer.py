@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from fat5.data.save_tokenizer import save_tokenizer
 from fat5.model.modeling_flash_t5 import FlashT5ForConditionalGeneration
 from fat5.train import checkpoints, sharding
 from fat5.train.errors import TrainingError
@@ -224,7 +225,7 @@ class PretrainingTrainer(Trainer):
         else:
             super().save_model(folder, _internal_call)
         if self.args.should_save:
-            self.saved_tokenizer.save_pretrained(folder)
+            save_tokenizer(self.saved_tokenizer, folder)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Save a checkpoint that is whole or not there.

@@ -1,5 +1,7 @@
 """Trained tokenizers have T5's layout; extended ones keep every id and give new rows the mean of their old pieces."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -7,10 +9,24 @@ from transformers import AutoTokenizer
 
 from fat5.data import MixtureOptions, special_ids
 from fat5.data.extend_tokenizer import extend_model, extend_tokenizer
+from fat5.data.save_tokenizer import save_tokenizer
 from fat5.data.train_tokenizer import train_tokenizer
 from fat5.model import FlashT5Config, FlashT5ForConditionalGeneration
 
 SNOWMAN = "a snowman ☃ costs 5 € 漢字"
+
+
+def test_what_is_saved_is_for_every_release_of_transformers(tmp_path, prose):
+    """Transformers 4 knows no `TokenizersBackend`, and would make `token_type_ids`, which no T5 takes."""
+    made = train_tokenizer(prose[:5], "bpe", 1000)
+    extended, _ = extend_tokenizer(train_tokenizer(prose[:5], "unigram", 1000), prose[5:8], 20)
+    for name, tokenizer in {"made": made, "extended": extended}.items():
+        save_tokenizer(tokenizer, tmp_path / name)
+        saved = json.loads((tmp_path / name / "tokenizer_config.json").read_text())
+        assert saved["tokenizer_class"] == "PreTrainedTokenizerFast"
+        loaded = AutoTokenizer.from_pretrained(tmp_path / name)
+        assert loaded.model_input_names == ["input_ids", "attention_mask"]
+        assert loaded(SNOWMAN) == tokenizer(SNOWMAN)
 
 
 @pytest.mark.parametrize("kind", ["unigram", "bpe"])

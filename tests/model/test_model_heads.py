@@ -315,7 +315,8 @@ def accuracy(model, data):
 
 
 @pytest.mark.parametrize(
-    ("head", "has_decoder"), [("sequence", False), ("sequence", True), ("tokens", False), ("answer", False)]
+    ("head", "has_decoder"),
+    [("sequence", False), ("sequence", True), ("tokens", False), ("answer", False), ("answer", True)],
 )
 def test_trainer_fine_tunes_the_head_to_near_perfection(head, has_decoder, tmp_path):
     labels = {} if head == "answer" else {"num_labels": 3}
