@@ -22,7 +22,7 @@ from .ops_attention_backward_keys import backward_keys_kernel
 from .ops_attention_backward_queries import backward_queries_kernel, delta_kernel, dq_store_kernel
 from .ops_attention_bias_grad import dense_gradient_kernel, near_tiles_kernel
 from .ops_attention_bias_line import line_gradient, near_offsets, padded_line, segment_of_blocks
-from .ops_attention_configs import backward_config
+from .ops_attention_configs import FEW_KEYS, backward_config
 from .ops_attention_problem import addressable, check_segments
 from .ops_device import compute_capability, multiprocessors
 
@@ -90,7 +90,11 @@ def launch_backward(
     dense = bias.dense
     dense_strides = (0, 0, 0, 0) if dense is None else dense.stride()
     common = {"HEAD_DIM": head_dim, "BLOCK_D": block_d}
-    variant = common | {"CAUSAL": problem.causal, "DROPOUT": problem.dropout_p > 0}
+    variant = common | {
+        "CAUSAL": problem.causal,
+        "DROPOUT": problem.dropout_p > 0,
+        "WHOLE_ROWS": max_k <= FEW_KEYS,
+    }
 
     def tiles_of(block_m: int) -> int:
         """Blocks of queries of all segments; in a pack each segment starts a block of its own."""

@@ -23,6 +23,7 @@ from .ops_attention_bias_line import (
 )
 from .ops_attention_configs import (
     BACKWARD_SM90_FUSED,
+    FEW_KEYS,
     NEAR_IN_FUSED,
     NEAR_SUMS_GROUP,
     NEAR_SUMS_RING,
@@ -41,7 +42,7 @@ def hopper_config(q, k, v, do, bias, problem, capability) -> FusedConfig | None:
     head_dim = q.shape[-1]
     fits = (
         capability == 90 and q.dtype in (torch.bfloat16, torch.float16) and head_dim in (64, 128)
-        and bias.kind in (NONE, T5) and problem.dropout_p == 0 and problem.scale > 0
+        and bias.kind in (NONE, T5) and problem.dropout_p == 0 and problem.scale > 0 and problem.max_seqlen_k > FEW_KEYS
         and all(x.data_ptr() % 16 == 0 and all(n > 0 and n % 8 == 0 for n in x.stride()[:3]) for x in (q, k, v, do))
     )  # fmt: skip
     return BACKWARD_SM90_FUSED[head_dim] if fits else None

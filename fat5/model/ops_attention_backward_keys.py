@@ -12,6 +12,7 @@ from .ops_attention_backward_tile import (
     dropout_keep,
     load_rows,
     query_regions,
+    score_gradient,
     segment_bounds,
     store_rows,
     tile_probabilities,
@@ -28,6 +29,7 @@ def backward_keys_kernel(
     rows_q, heads, max_q, max_k, q_offset, scale, line_size, left, right, p_drop, seed,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BIAS: tl.constexpr,
     CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, FUSED: tl.constexpr, LINE_GRADIENT: tl.constexpr,
+    WHOLE_ROWS: tl.constexpr,
 ):  # fmt: skip
     """Grid (key blocks, heads, segments).
 
@@ -109,6 +111,7 @@ def backward_keys_kernel(
                 b_s, b_lse, far_right if region == 0 else far_left, p_line, slope, p_dense, stride_dm, stride_dn,
                 offset,
                 m0, n0, len_q, len_k, left, right, scale_log2, BLOCK_M, BLOCK_N, BIAS, CAUSAL, region != 1, True,
+                WHOLE_ROWS,
             )  # fmt: skip
             b_dp = tl.dot(b_v, tl.trans(b_do), input_precision="ieee")
             if DROPOUT:
@@ -117,7 +120,7 @@ def backward_keys_kernel(
                 b_dp *= b_keep
             else:
                 b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision="ieee")
-            b_ds = b_p * (b_dp - b_delta[None, :])
+            b_ds = score_gradient(b_p, b_dp, b_delta, 0, WHOLE_ROWS)
             if LINE_GRADIENT:
                 b_row = tl.sum(b_ds, 1)
                 if region == 0:

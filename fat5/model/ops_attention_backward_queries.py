@@ -14,6 +14,7 @@ from .ops_attention_backward_tile import (
     dropout_keep,
     key_regions,
     load_rows,
+    score_gradient,
     segment_bounds,
     store_rows,
     tile_probabilities,
@@ -106,7 +107,7 @@ def backward_queries_kernel(
     stride_ob, stride_ol, stride_oh, stride_dqb, stride_dql, stride_dqh, stride_db, stride_dh, stride_dm, stride_dn,
     rows_q, heads, max_q, max_k, q_offset, scale, line_size, left, right, p_drop, seed,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BIAS: tl.constexpr,
-    CAUSAL: tl.constexpr, DROPOUT: tl.constexpr,
+    CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, WHOLE_ROWS: tl.constexpr,
 ):  # fmt: skip
     """Compute dQ of one block of queries, walking the keys. Grid (query blocks, heads, segments)."""
     m0 = tl.program_id(0) * BLOCK_M
@@ -163,11 +164,11 @@ def backward_queries_kernel(
             b_p = tile_probabilities(
                 b_s, b_lse, far_left if region == 0 else far_right, p_line, slope, p_dense, stride_dm, stride_dn,
                 n0 - m0 - q_offset, m0, n0, len_q, len_k, left, right, scale_log2, BLOCK_M, BLOCK_N, BIAS, CAUSAL,
-                region == 0 or region == 2, False,
+                region == 0 or region == 2, False, WHOLE_ROWS,
             )  # fmt: skip
             b_dp = tl.dot(b_do, tl.trans(b_v), input_precision="ieee")
             if DROPOUT:
                 b_dp *= dropout_keep(seed, p_drop, s, h, m0, n0, BLOCK_M, BLOCK_N, False)
-            b_ds = (b_p * (b_dp - b_delta[:, None])).to(b_k.dtype)
+            b_ds = score_gradient(b_p, b_dp, b_delta, 1, WHOLE_ROWS).to(b_k.dtype)
             b_dq = tl.dot(b_ds, b_k, b_dq, input_precision="ieee")
     store_rows(p_dq, b_dq * scale, m0, len_q, stride_dql, BLOCK_M, HEAD_DIM, BLOCK_D)

@@ -52,7 +52,7 @@ def store_rows(
 def tile_probabilities(
     b_s, b_lse, far, p_line, slope, p_dense, stride_m, stride_n, offset, m0, n0, len_q, len_k, left, right, scale_log2,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BIAS: tl.constexpr, CAUSAL: tl.constexpr, PLAIN: tl.constexpr,
-    KEYS_FIRST: tl.constexpr,
+    KEYS_FIRST: tl.constexpr, WHOLE_ROWS: tl.constexpr,
 ):  # fmt: skip
     """exp2(scores + bias - lse) of one tile, `[BN, BM]` if KEYS_FIRST else `[BM, BN]`; zero where the key is
     not visible.
@@ -60,6 +60,8 @@ def tile_probabilities(
     PLAIN: all keys are visible and the bias is the number `far`: one multiply-add and one exp2 per score. Otherwise
     `offset` is the distance key - query of the tile's first key and query, and `p_line` points at the bias (log2
     units) of distance 0 in a line that reaches a tile's width beyond both ends.
+
+    WHOLE_ROWS: the tile holds all keys of its rows, whose probabilities then sum to 1 without the rounding of lse.
     """
     AXIS_M: tl.constexpr = 0 if KEYS_FIRST else 1
     AXIS_N: tl.constexpr = 1 if KEYS_FIRST else 0
@@ -88,7 +90,22 @@ def tile_probabilities(
         if CAUSAL:
             m_visible = m_visible & (offset + o_n - o_m <= 0)
         b_p = tl.where(m_visible, tl.exp2(b_x), 0.0)
+    if WHOLE_ROWS:
+        b_sum = tl.sum(b_p, AXIS_M)
+        b_p /= tl.expand_dims(tl.where(b_sum > 0, b_sum, 1.0), AXIS_M)
     return b_p
+
+
+@triton.jit
+def score_gradient(b_p, b_dp, b_delta, AXIS_N: tl.constexpr, WHOLE_ROWS: tl.constexpr):
+    """Gradient dS = P * (dP - delta) of one tile, fp32, its keys along AXIS_N.
+
+    WHOLE_ROWS: the tile holds all keys of its rows, so that delta is their sum of P * dP, and `b_delta` is not used. Of
+    few keys dS may be a small difference, to which dO @ O brings the rounding of O.
+    """
+    if WHOLE_ROWS:
+        b_delta = tl.sum(b_p * b_dp, AXIS_N)
+    return b_p * (b_dp - tl.expand_dims(b_delta, AXIS_N))
 
 
 @triton.jit

@@ -7,7 +7,14 @@ try:
 except ImportError as error:  # a guarded import is what the loader of remote code asks for
     raise ImportError("the attention kernels need Triton") from error
 
-from .ops_attention_backward_tile import LOG2_E, dropout_keep, load_rows, segment_bounds, tile_probabilities
+from .ops_attention_backward_tile import (
+    LOG2_E,
+    dropout_keep,
+    load_rows,
+    score_gradient,
+    segment_bounds,
+    tile_probabilities,
+)
 
 
 @triton.jit
@@ -16,7 +23,7 @@ def tile_score_gradient(
     stride_dm,
     stride_dn, s, h, heads, m0, n0, len_q, len_k, max_q, max_k, q_offset, left, right, scale_log2, p_drop, seed,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BIAS: tl.constexpr,
-    CAUSAL: tl.constexpr, DROPOUT: tl.constexpr,
+    CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, WHOLE_ROWS: tl.constexpr,
 ):  # fmt: skip
     """Gradient dS of one tile, `[BM, BN]`, fp32; the pointers point at the head's first row in the segment."""
     o_m = m0 + tl.arange(0, BLOCK_M)
@@ -29,12 +36,12 @@ def tile_score_gradient(
     b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
     b_p = tile_probabilities(
         b_s, b_lse, 0.0, p_line, 0.0, p_dense, stride_dm, stride_dn, n0 - m0 - q_offset, m0, n0, len_q, len_k, left,
-        right, scale_log2, BLOCK_M, BLOCK_N, BIAS, CAUSAL, False, False,
+        right, scale_log2, BLOCK_M, BLOCK_N, BIAS, CAUSAL, False, False, WHOLE_ROWS,
     )  # fmt: skip
     b_dp = tl.dot(b_do, tl.trans(b_v), input_precision="ieee")
     if DROPOUT:
         b_dp *= dropout_keep(seed, p_drop, s, h, m0, n0, BLOCK_M, BLOCK_N, False)
-    return b_p * (b_dp - b_delta[:, None])
+    return score_gradient(b_p, b_dp, b_delta, 1, WHOLE_ROWS)
 
 
 @triton.jit(do_not_specialize=["rows_q", "max_q", "max_k", "q_offset", "blocks"])
@@ -45,7 +52,7 @@ def near_tiles_kernel(
     first_offset, blocks,
     p_drop, seed,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr,
-    DROPOUT: tl.constexpr,
+    DROPOUT: tl.constexpr, WHOLE_ROWS: tl.constexpr,
 ):  # fmt: skip
     """Sum of dS over all tiles at one distance from the diagonal. Grid (tile offsets, splits, heads).
 
@@ -100,6 +107,7 @@ def near_tiles_kernel(
             stride_ql, stride_kl, stride_vl, stride_ol, 0, 0, s, h, heads, m0, n0, len_q, len_k, max_q, max_k,
             q_offset, left,
             right, scale * LOG2_E, p_drop, seed, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, 1, CAUSAL, DROPOUT,
+            WHOLE_ROWS,
         )  # fmt: skip
     o_tile = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     tile = (h * tl.num_programs(0) + t) * tl.num_programs(1) + split
@@ -204,7 +212,7 @@ def dense_gradient_kernel(
     stride_ob, stride_ol, stride_oh, stride_db, stride_dh, stride_dm, stride_dn,
     rows_q, batches, heads, grad_heads, max_q, max_k, q_offset, scale, p_drop, seed,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr,
-    DROPOUT: tl.constexpr,
+    DROPOUT: tl.constexpr, WHOLE_ROWS: tl.constexpr,
 ):  # fmt: skip
     """Sum dS over the batch rows and heads that share a dense bias. Grid (query blocks, key blocks, batch x heads)."""
     m0 = tl.program_id(0) * BLOCK_M
@@ -230,6 +238,7 @@ def dense_gradient_kernel(
             stride_ol, stride_dm, stride_dn, s, h, heads, m0, n0, max_q, len_k, max_q, max_k, q_offset, 0, 0,
             scale * LOG2_E,
             p_drop, seed, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, 3, CAUSAL, DROPOUT,
+            WHOLE_ROWS,
         )  # fmt: skip
     o_m = m0 + tl.arange(0, BLOCK_M)
     o_n = n0 + tl.arange(0, BLOCK_N)

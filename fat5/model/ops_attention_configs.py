@@ -51,6 +51,8 @@ class FusedConfig(NamedTuple):
     half_p: bool
 
 
+FEW_KEYS = 16  # keys of the narrowest tile of any kernel: so many, and every tile holds whole rows
+
 # (padded head width, bytes per element) -> configuration
 FORWARD_PORTABLE = {
     (16, 2): ForwardConfig(128, 64, 4, 3),

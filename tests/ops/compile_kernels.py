@@ -42,7 +42,7 @@ OPTIONS = {
     "layout": ["padded", "lengths", "packed"],
     "dropout": [False, True],
     "deterministic": [False, True],
-    "length": [256, 8192],  # on either side of where other kernels or configurations take over
+    "length": [16, 256, 8192],  # on every side of where other kernels or configurations take over
 }
 FIRST = [
     (90, 64, "bfloat16", "t5", False, "padded", False, False, 256),

@@ -2,13 +2,7 @@
 
 import pytest
 import torch
-from attention_oracle import (
-    Inputs,
-    assert_as_exact,
-    gradients,
-    loss_by_rounding_the_output,
-    plain_attention,
-)
+from attention_oracle import Inputs, assert_as_exact, gradients, plain_attention
 
 from fat5.model import ops_attention_backward, ops_attention_forward
 from fat5.model.ops_attention import attention
@@ -30,8 +24,8 @@ def run(x: Inputs, leaves: list[torch.Tensor], **options) -> torch.Tensor:
     )  # fmt: skip
 
 
-def check(x: Inputs, few_keys: bool = False, **options) -> None:
-    """Output and gradients of `x` as accurate as they should be; with few keys a row the output's rounding counts."""
+def check(x: Inputs, **options) -> None:
+    """Output and gradients of `x` as accurate as they should be."""
     exact_leaves, plain_leaves, leaves = x.leaves(torch.float64), x.leaves(), x.leaves()
     exact = plain_attention(x, exact_leaves)
     plain = plain_attention(x, plain_leaves)
@@ -39,13 +33,11 @@ def check(x: Inputs, few_keys: bool = False, **options) -> None:
     out = run(x, leaves, **options)
     assert_as_exact("output", out, exact, plain)
     names = ("dq", "dk", "dv", "dbias")[: len(leaves)]
-    losses = loss_by_rounding_the_output(x, exact_leaves, exact, out, grad) if few_keys else [None] * len(leaves)
     for name, *three in zip(
         names,
         gradients(out, leaves, grad),
         gradients(exact, exact_leaves, grad),
         gradients(plain, plain_leaves, grad),
-        losses,
         strict=True,
     ):
         assert_as_exact(name, *three)
@@ -100,17 +92,17 @@ def test_scale_of_t5(device, dtype, causal):
     check(make(device, 66, d=64, batch=1, dtype=dtype, causal=causal, bidirectional=not causal))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["t5", "dense", None])
 @pytest.mark.parametrize(
     ("lq", "lk", "d", "causal"), [(2, 2, 64, True), (2, 2, 128, False), (3, 1, 64, False), (1, 3, 64, False)]
 )
 def test_few_keys_at_the_scale_of_t5(device, dtype, kind, lq, lk, d, causal):
-    """Gradients that are small differences: plain torch, which keeps the weights, can be ten times as exact there."""
+    """Gradients that are small differences, of a sum over the row that has to be as exact as what it is taken from."""
     for seed in range(5):
         torch.manual_seed(seed)
         check(make(device, lq, lk, d=d, batch=1, heads=1, dtype=dtype, kind=kind, dense=(1, 1), causal=causal,
-                   bidirectional=not causal), few_keys=True)  # fmt: skip
+                   bidirectional=not causal), deterministic=seed % 2 == 1)  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", ["t5", "alibi", "dense", None])
