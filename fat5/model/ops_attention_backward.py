@@ -83,18 +83,15 @@ def launch_backward(
     rows_q = lse2.shape[1]
     dq, dk, dv = empty_gradients(q, k, v) if side_by_side else [torch.empty_like(x) for x in (q, k, v)]
     delta = torch.empty_like(lse2)
-    keys = backward_config("keys", block_d, q.element_size(), capability)
-    queries = backward_config("queries", block_d, q.element_size(), capability)
+    dropout = problem.dropout_p > 0
+    keys = backward_config("keys", block_d, q.element_size(), capability, dropout)
+    queries = backward_config("queries", block_d, q.element_size(), capability, dropout)
     line_gradient = bias.kind == T5 and bias_gradient
     left, right = (bias.left, bias.right) if bias.kind == T5 else (0, 1)
     dense = bias.dense
     dense_strides = (0, 0, 0, 0) if dense is None else dense.stride()
     common = {"HEAD_DIM": head_dim, "BLOCK_D": block_d}
-    variant = common | {
-        "CAUSAL": problem.causal,
-        "DROPOUT": problem.dropout_p > 0,
-        "WHOLE_ROWS": max_k <= FEW_KEYS,
-    }
+    variant = common | {"CAUSAL": problem.causal, "DROPOUT": dropout, "WHOLE_ROWS": max_k <= FEW_KEYS}
 
     def tiles_of(block_m: int) -> int:
         """Blocks of queries of all segments; in a pack each segment starts a block of its own."""
@@ -187,7 +184,7 @@ def launch_backward(
         else:
             dbias = _line_gradient(*arguments, bias, far, cu_q, cu_k, lengths_k, problem, keys, variant, seed)
     elif dense is not None and bias_gradient:
-        near = backward_config("near", block_d, q.element_size(), capability)
+        near = backward_config("near", block_d, q.element_size(), capability, dropout)
         dbias = torch.empty(_gradient_shape(dense), dtype=dense.dtype, device=q.device)
         check_segments(dbias.shape[0] * dbias.shape[1])
         grid = (triton.cdiv(max_q, near.block_m), triton.cdiv(max_k, near.block_n), dbias.shape[0] * dbias.shape[1])

@@ -71,6 +71,11 @@ FORWARD_SM90 = {
     (64, 2): ForwardConfig(64, 128, 4, 2, tma=True),
     (128, 2): ForwardConfig(64, 64, 4, 3, tma=True),
 }
+# sm_90: dropout, with which the tiles above spill
+FORWARD_SM90_DROPOUT = {
+    (64, 2): ForwardConfig(64, 64, 4, 3, tma=True),
+    (128, 2): ForwardConfig(64, 64, 4, 3, tma=True),
+}
 # sm_90: no bias or T5's, no dropout, shapes and strides that the copy engine takes
 FORWARD_SM90_GROUPS = {
     (64, 2): ForwardConfig(192, 128, 4, 2, groups=3),
@@ -109,7 +114,7 @@ BACKWARD_SM100 = {
     ("queries", 2, 64): BackwardConfig(64, 64, 4, 1),
     ("near", 2, 64): BackwardConfig(64, 64, 4, 2),
 }
-# sm_90: dropout, another bias than T5's, determinism, strides that the copy engine does not take
+# sm_90: another bias than T5's, determinism, strides that the copy engine does not take
 BACKWARD_SM90 = {
     ("keys", 2, 64): BackwardConfig(64, 128, 8, 2),
     ("keys", 2, 128): BackwardConfig(64, 64, 8, 2),
@@ -117,6 +122,12 @@ BACKWARD_SM90 = {
     ("queries", 2, 128): BackwardConfig(64, 64, 8, 2),
     ("near", 2, 64): BackwardConfig(64, 64, 4, 2),
     ("near", 2, 128): BackwardConfig(64, 64, 8, 2),
+}
+# sm_90: dropout, with which the tiles above spill
+BACKWARD_SM90_DROPOUT = {
+    ("keys", 2, 64): BackwardConfig(32, 64, 4, 2),
+    ("keys", 2, 128): BackwardConfig(16, 128, 8, 2),
+    ("queries", 2, 128): BackwardConfig(128, 32, 8, 2),
 }
 # sm_90, none of these: head width -> configuration
 BACKWARD_SM90_FUSED = {
@@ -138,6 +149,7 @@ def forward_config(
     groups: bool = False,
     biased: bool = True,
     causal: bool = False,
+    dropout: bool = False,
 ) -> ForwardConfig:
     """Configuration of the forward kernel.
 
@@ -149,10 +161,13 @@ def forward_config(
         groups: the kernel for sm_90 can do it.
         biased: T5's bias is added.
         causal: with the causal mask.
+        dropout: weights are dropped.
     """
     key = (block_d, element_size)
     if part != 90 or key not in FORWARD_SM90:
         return FORWARD_PORTABLE[key]
+    if dropout:
+        return FORWARD_SM90_DROPOUT[key]
     if groups and causal:
         return FORWARD_SM90_CAUSAL[key]
     if groups and not (biased and block_d == 64):
@@ -160,7 +175,9 @@ def forward_config(
     return FORWARD_SM90_LONG if groups and keys > SHORT_SM90 else FORWARD_SM90[key]
 
 
-def backward_config(kernel: str, block_d: int, element_size: int, capability: int) -> BackwardConfig:
+def backward_config(
+    kernel: str, block_d: int, element_size: int, capability: int, dropout: bool = False
+) -> BackwardConfig:
     """Configuration of `kernel` (keys, queries, near) for a padded head width.
 
     Args:
@@ -169,9 +186,10 @@ def backward_config(kernel: str, block_d: int, element_size: int, capability: in
         block_d: padded head width, a power of two from 16 to 256.
         element_size: bytes per element of q, k and v.
         capability: ten times the compute capability, 0 on the CPU.
+        dropout: weights are dropped.
     """
     widest = 256 if block_d > 128 else 128 if block_d > 64 or element_size == 4 else 64
     key = (kernel, element_size, widest)
     if capability == 90:
-        return BACKWARD_SM90.get(key, BACKWARD_PORTABLE[key])
+        return (BACKWARD_SM90_DROPOUT if dropout else BACKWARD_SM90).get(key, BACKWARD_PORTABLE[key])
     return BACKWARD_SM100.get(key, BACKWARD_PORTABLE[key]) if 100 <= capability < 120 else BACKWARD_PORTABLE[key]

@@ -61,7 +61,7 @@ def launch_forward(
     tma = all(matrix is not None for matrix in matrices)
     config = config or forward_config(
         block_d, q.element_size(), compute_capability(q), problem.max_seqlen_k, plain and tma, bias.kind == T5_BIAS,
-        problem.causal,
+        problem.causal, problem.dropout_p > 0,
     )  # fmt: skip
     strips, origin, width = None, 0, 0
     if bias.line is not None:

@@ -44,16 +44,22 @@ def test_philox_matches_its_published_vectors():
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_gradients_match_the_materialised_mask(device, seed, deterministic):
-    q, k, v = (torch.randn(2, 2, 70, 16, device=device) for _ in range(3))
-    x = Inputs(q, k, v, torch.randn(8, 2, device=device), "t5", max_distance=20, scale=0.5)
-    keep = documented(seed, 2, 2, 70)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    ("length", "d", "dtype"), [(70, 16, torch.float32), (130, 64, torch.bfloat16), (130, 128, torch.float16)]
+)
+def test_gradients_match_the_materialised_mask(device, seed, length, d, dtype, causal, deterministic):
+    q, k, v = (torch.randn(2, 2, length, d, device=device, dtype=dtype) for _ in range(3))
+    table = torch.randn(8, 2, device=device, dtype=dtype)
+    x = Inputs(q, k, v, table, "t5", not causal, max_distance=20, causal=causal, scale=2 / d**0.5)
+    keep = documented(seed, 2, 2, length)
     exact_leaves, plain_leaves, leaves = x.leaves(torch.float64), x.leaves(), x.leaves()
     exact = plain_attention(x, exact_leaves, keep, P)
     plain = plain_attention(x, plain_leaves, keep, P)
     out = attention(
-        *leaves[:3], bias=T5Bias(leaves[3], True, 20), scale=0.5, dropout_p=P, seed=seed, deterministic=deterministic
-    )
+        *leaves[:3], bias=T5Bias(leaves[3], not causal, 20), causal=causal, scale=x.scale, dropout_p=P, seed=seed,
+        deterministic=deterministic,
+    )  # fmt: skip
     assert_as_exact("output", out, exact, plain)
     grad = torch.randn_like(out)
     found = [gradients(*each, grad) for each in ((out, leaves), (exact, exact_leaves), (plain, plain_leaves))]
