@@ -4,8 +4,9 @@
     python benchmarks/layer.py --parts norm --widths 768
     TRITON_INTERPRET=1 python benchmarks/layer.py         # toy sizes on a CPU: runs everything, times mean nothing
 
-All in one run, bf16. Times are medians of CUDA graph replays; backward is (forward and backward) minus forward. Rates
-count every input and output once: `share` is the share of the bandwidth of a plain copy, measured in the same run.
+All in one run, bf16. Times are medians of CUDA graph replays, but for Liger's and Apple's losses, which read numbers
+back and are launched one by one; backward is (forward and backward) minus forward. Rates count every input and output
+once: `share` is the share of the bandwidth of a plain copy, measured in the same run.
 Memory is the peak of forward and backward beyond inputs and returned gradients. Prints a table and writes
 `layer-<device>.json` to `benchmarks/results/`.
 """
@@ -29,6 +30,10 @@ from fat5.model.ops_gated_act import gated_act
 from fat5.model.ops_linear_cross_entropy import linear_cross_entropy
 from fat5.model.ops_rms_norm import add_rms_norm
 
+try:
+    from cut_cross_entropy import linear_cross_entropy as cut_cross_entropy
+except ImportError:
+    cut_cross_entropy = None
 try:
     from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
     from liger_kernel.ops.rms_norm import LigerRMSNormFunction
@@ -102,6 +107,11 @@ def liger_loss(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor)
     return [LigerFusedLinearCrossEntropyFunction.apply(hidden, weight, labels, None, None, -100, Z_LOSS)[0]]
 
 
+def cut_loss(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> Tensors:
+    """Apple's fused linear and cross-entropy, which computes the logits tile by tile, twice. It has no z-loss."""
+    return [cut_cross_entropy(hidden, weight, labels)]
+
+
 def three_products(hidden: torch.Tensor, weight: torch.Tensor) -> None:
     """The matrix products of head and gradients alone: what no form can do without."""
     logits = hidden @ weight.T
@@ -115,7 +125,7 @@ def compiled(function: Run) -> Run:
     return torch.compile(function, dynamic=False) if ON_GPU else function
 
 
-def time_both(run: Run, inputs: Tensors, extra: tuple[Any, ...], rep: int) -> dict:
+def time_both(run: Run, inputs: Tensors, extra: tuple[Any, ...], rep: int, graph: bool = True) -> dict:
     """Forward and backward times, and memory, of a function that returns tensors."""
     try:
         outputs = run(*inputs, *extra)
@@ -127,8 +137,8 @@ def time_both(run: Run, inputs: Tensors, extra: tuple[Any, ...], rep: int) -> di
         detached = [x.detach() for x in inputs]
         del outputs
         peak = peak_memory(both)
-        forward = milliseconds(lambda: run(*detached, *extra), rep)
-        total = milliseconds(both, rep)
+        forward = milliseconds(lambda: run(*detached, *extra), rep, graph)
+        total = milliseconds(both, rep, graph)
     except (RuntimeError, torch.cuda.OutOfMemoryError) as error:
         return {"skipped": str(error).splitlines()[0][:200]}
     results = sum(x.numel() * x.element_size() for x in inputs)
@@ -187,6 +197,8 @@ def measure_loss(vocabs: list[int], tokens: int, rep: int, peers: list[str], wid
     }
     if LigerFusedLinearCrossEntropyFunction is not None:
         fused["liger"] = liger_loss
+    if cut_cross_entropy is not None:
+        fused["cut"] = cut_loss
     given = {
         "fat5": lambda x, y: [cross_entropy(x, y, z_loss=Z_LOSS).loss],
         "eager": eager_loss_of_logits,
@@ -205,7 +217,8 @@ def measure_loss(vocabs: list[int], tokens: int, rep: int, peers: list[str], wid
             if peer == "eager" and vocab > 100_000:
                 continue  # 70 GB
             run = compiled(fused[peer]) if peer == "compiled" else fused[peer]
-            yield {"part": "loss", "peer": peer, **about, **time_both(run, inputs, (labels,), rep)}
+            graph = peer not in ("liger", "cut")
+            yield {"part": "loss", "peer": peer, **about, **time_both(run, inputs, (labels,), rep, graph)}
         if vocab > 100_000:
             continue
         logits = leaves((tokens, vocab))
@@ -231,7 +244,7 @@ def main() -> None:
     """Measure, print and store."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", nargs="+", choices=("norm", "act", "loss"), default=["norm", "act", "loss"])
-    parser.add_argument("--peers", nargs="+", default=["fat5", "eager", "torch", "compiled", "liger"])
+    parser.add_argument("--peers", nargs="+", default=["fat5", "eager", "torch", "compiled", "liger", "cut"])
     parser.add_argument("--widths", nargs="+", type=int, default=[512, 768, 1024, 2048, 4096] if ON_GPU else [24])
     parser.add_argument("--inner-widths", nargs="+", type=int, default=[1024, 2048, 2816, 5120] if ON_GPU else [24])
     parser.add_argument("--vocabs", nargs="+", type=int, default=[32128, 250112] if ON_GPU else [97])

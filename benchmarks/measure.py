@@ -12,25 +12,27 @@ import torch
 ON_GPU = torch.cuda.is_available()
 
 
-def milliseconds(function: Callable[[], object], rep: int) -> float:
-    """Median time of one call: on a GPU captured in a graph and replayed for `rep` ms."""
+def milliseconds(function: Callable[[], object], rep: int, graph: bool = True) -> float:
+    """Median time of one call over `rep` ms: on a GPU captured in a graph and replayed, or launched without `graph`."""
     if not ON_GPU:
         start = time.perf_counter()
         function()
         return (time.perf_counter() - start) * 1e3
     from triton.testing import do_bench
 
+    if not graph:
+        return do_bench(function, warmup=rep // 4, rep=rep, return_mode="median")
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(2):
             function()
     torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured):
         function()
-    time_ms = do_bench(graph.replay, warmup=rep // 4, rep=rep, return_mode="median")
-    del graph
+    time_ms = do_bench(captured.replay, warmup=rep // 4, rep=rep, return_mode="median")
+    del captured
     return time_ms
 
 

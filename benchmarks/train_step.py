@@ -2,14 +2,15 @@
 
     python benchmarks/train_step.py                             # everything (one GPU, about 6 minutes)
     python benchmarks/train_step.py --parts train --cases base-512
-    python benchmarks/train_step.py --parts padding             # what half padding costs, where a GPU is the limit
+    python benchmarks/train_step.py --parts padding ul2         # what padding costs, where a GPU is the limit
     python benchmarks/train_step.py                             # on a CPU: toy sizes, times mean nothing
 
 A training step is forward, backward and fused AdamW in bf16, without dropout, on synthetic batches: full-length ones,
 and for the cases that end in `-padded` rows of random lengths, whose padding FlashT5 removes. Stock runs in eager
 attention under `torch.compile`, the fastest way it has; FlashT5 as it is and, where lengths are known, with the whole
 of a step or call in a CUDA graph. For `padding`, FlashT5 alone meets batches so large that launching from Python does
-not limit it, of whole rows and of rows that are padding from the middle on. MFU counts the multiplications of the
+not limit it, of whole rows and of rows that are padding from the middle on; for `ul2`, batches of UL2's mixture at 512
+inputs and 512 targets, as they are and with every padded place taken for a token. MFU counts the multiplications of the
 matrices and of attention, three times those of forward, against 989 TFLOPS; tokens are the real ones, of inputs and
 targets. Writes `train-step-<device>.json` to `benchmarks/results/`, with the kernels that took most of FlashT5's time.
 """
@@ -22,11 +23,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from measure import ON_GPU, describe, milliseconds
 from torch import nn
 from transformers import T5Config, T5EncoderModel, T5ForConditionalGeneration
 
+from fat5.data import MIXTURES, DenoisingCollator, Mixture, SpecialIds, longest_window
 from fat5.model import FlashT5Config, FlashT5EncoderModel, FlashT5ForConditionalGeneration
 
 RESULTS = Path(__file__).parent / "results"
@@ -54,6 +57,7 @@ PADDING = {  # model, rows, inputs, targets; 0 targets for the encoder alone
     "train-base": ("base", 512, 512, 256),
     "train-large": ("large", 224, 512, 256),
 }
+UL2 = {"ul2-base": ("base", 256, 512), "ul2-large": ("large", 128, 512)}  # model, rows, inputs and targets at most
 OPTIONS = {
     "feed_forward_proj": "gated-gelu",
     "tie_word_embeddings": False,
@@ -212,10 +216,51 @@ def measure_padding(case: str, peer: str, seconds: float) -> dict:
     return record | {"half_of_whole": record["half_ms"] / record["whole_ms"]}
 
 
+def ul2_batch(rows: int, longest: int, vocab: int) -> dict[str, torch.Tensor]:
+    """Windows of random tokens, of documents of 100 to 2,000 as in `pretrain.py`, denoised by UL2's mixture."""
+    denoisers, modes = MIXTURES["ul2_fat5"], {"[R]": vocab - 3, "[S]": vocab - 2, "[X]": vocab - 1}
+    text = vocab - 3 - (100 if ON_GPU else 20)
+    mixture = Mixture(denoisers, SpecialIds(np.arange(vocab - 4, text - 1, -1), modes, 1, 0, vocab, vocab))
+    window, rng = longest_window(mixture, longest, longest), np.random.default_rng(0)
+    lengths: list[int] = []
+    while len(lengths) < rows:
+        full, rest = divmod(int(rng.integers(100, 2000)), window)
+        lengths += [window] * full + [rest] * (rest > 0)
+    examples = [
+        {"input_ids": rng.integers(2, text, length), "index": i, "epoch": 0}
+        for i, length in enumerate(rng.permutation(lengths)[:rows])
+    ]
+    made = DenoisingCollator(mixture)(examples)
+    return {name: made[name].to(DEVICE) for name in ("input_ids", "attention_mask", "labels")}
+
+
+def measure_ul2(case: str, peer: str, seconds: float) -> dict:
+    """Forward and backward of a batch with its padding removed, and of one of that size without padding."""
+    name, rows, longest = UL2.get(case, ("toy", 6, 48))
+    model = build(peer, name).train()
+    vocab = SHAPES[name]["vocab_size"]
+    made = ul2_batch(rows, longest, vocab)
+    whole = {key: torch.randint(2, vocab, x.shape, device=DEVICE) for key, x in made.items() if key != "attention_mask"}
+    whole["attention_mask"] = torch.ones_like(made["attention_mask"])
+
+    def time(batch: dict[str, torch.Tensor]) -> float:
+        def step() -> None:
+            model(**batch).loss.backward()
+            model.zero_grad()
+
+        return time_steps(step, seconds)
+
+    real = made["attention_mask"].sum() + (made["labels"] != -100).sum()
+    record = {"real_tokens": int(real), "places": made["input_ids"].numel() + made["labels"].numel()}
+    record |= {"removed_ms": time(made), "computed_ms": time(whole)}
+    return record | {"computed_to_removed": record["computed_ms"] / record["removed_ms"]}
+
+
 PARTS = {
     "train": (TRAIN, measure_training),
     "encode": (ENCODE, measure_encoding),
     "padding": (PADDING, measure_padding),
+    "ul2": (UL2, measure_ul2),
 }
 
 
@@ -223,7 +268,7 @@ def main() -> None:
     """Measure, print and store."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=["train", "encode"])
-    parser.add_argument("--cases", nargs="+", help="of all parts", choices=sorted({*TRAIN, *ENCODE, *PADDING}))
+    parser.add_argument("--cases", nargs="+", help="of all parts", choices=sorted({*TRAIN, *ENCODE, *PADDING, *UL2}))
     parser.add_argument("--peers", nargs="+", choices=("fat5", "stock"), default=["fat5", "stock"])
     parser.add_argument("--seconds", type=float, default=2.0, help="of calls behind each figure")
     parser.add_argument("--output", type=Path, default=RESULTS)
@@ -235,7 +280,7 @@ def main() -> None:
     for peer in arguments.peers:
         for part, (cases, measure) in PARTS.items():
             for case in cases if ON_GPU else ["toy"]:
-                if part == "padding" and peer != "fat5":
+                if part in ("padding", "ul2") and peer != "fat5":
                     continue
                 if part not in arguments.parts or (arguments.cases and case not in arguments.cases):
                     continue
