@@ -48,7 +48,8 @@ def cross_entropy(
         labels: ints `[...]`. On the kernels one outside the vocabulary makes the loss NaN.
         z_loss: factor on the squared log-sum-exp that is added to each label's loss.
         label_smoothing: share of the target that is spread over the vocabulary.
-        ignore_index: labels that count for nothing. Without any other, loss and gradients are 0.
+        ignore_index: labels that count for nothing. Without any other, loss and gradients are 0. As in torch, though,
+            the gradients are NaN where the log-sum-exp of such a row is not finite.
         reduction: "sum", "none", or "mean": the sum divided by `num_items`.
         num_items: None for the number of labels that are not ignored.
 

@@ -16,9 +16,9 @@ VECTOR = tl.constexpr(8)
 
 
 class Rows(NamedTuple):
-    """Results for each row, fp32 `[T]`, zeros at ignored labels.
+    """Results for each row, fp32 `[T]`, zeros at ignored labels but for the log-sum-exp.
 
-    The log-sum-exp is `[T, 2]`, the largest logit and the rest: their sum would lose the rest's digits to the largest.
+    That is `[T, 2]`, the largest logit and the rest: their sum would lose the rest's digits to the largest.
     """
 
     loss: torch.Tensor
@@ -48,6 +48,12 @@ def logit_gradient(b_logits, o_v, label, largest, rest, z_loss, smoothing, facto
 
 
 @triton.jit
+def ignored_gradient(largest, rest):
+    """Gradient of every logit of an ignored row: 0, or, as in torch, NaN where the row has no finite log-sum-exp."""
+    return (largest + rest) * 0.0
+
+
+@triton.jit
 def loss_kernel(
     p_logits, p_labels, p_loss, p_z_loss, p_correct, p_lse, stride, ignore_index, z_loss, smoothing, factor,
     V: tl.constexpr, BLOCK: tl.constexpr, SMOOTH: tl.constexpr, GRADIENT: tl.constexpr,
@@ -56,45 +62,40 @@ def loss_kernel(
     row = tl.program_id(0)
     label = tl.load(p_labels + row)
     p_row = p_logits + tl.cast(row, tl.int64) * stride
-    if label == ignore_index:
-        tl.store(p_loss + row, 0.0)
-        tl.store(p_z_loss + row, 0.0)
-        tl.store(p_correct + row, 0.0)
-        tl.store(p_lse + 2 * row, 0.0)
-        tl.store(p_lse + 2 * row + 1, 0.0)
-        if GRADIENT:
-            b_zero = tl.zeros((BLOCK // VECTOR, VECTOR), p_logits.dtype.element_ty)
+    ignored = label == ignore_index
+    inside = (label >= 0) & (label < V)  # else NaN comes out, as an error that does not wait for the device
+    target = tl.load(p_row + label, mask=inside, other=float("nan")).to(tl.float32)
+    b_max = tl.full((BLOCK // VECTOR,), float("-inf"), tl.float32)
+    b_sum = tl.zeros((BLOCK // VECTOR,), tl.float32)
+    b_plain = tl.zeros((BLOCK // VECTOR,), tl.float32)
+    base = tl.where(target == float("-inf"), 0.0, target)
+    for first in range(0, V, BLOCK):
+        b_logits, o_v = load_logits(p_row, first, V, BLOCK)
+        b_new = tl.maximum(b_max, tl.max(b_logits, axis=1))
+        b_shift = tl.where(b_new == float("-inf"), 0.0, b_new)  # -inf - -inf is NaN
+        b_sum = b_sum * tl.exp(b_max - b_shift) + tl.sum(tl.exp(b_logits - b_shift[:, None]), axis=1)
+        b_max = b_new
+        if SMOOTH:
+            b_plain += tl.sum(tl.where(o_v < V, b_logits - base, 0.0), axis=1)
+    largest = tl.max(b_max, axis=0)
+    shift = tl.where(largest == float("-inf"), 0.0, largest)
+    rest = tl.log(tl.sum(b_sum * tl.exp(b_max - shift), axis=0))
+    loss = shift - target + rest
+    if SMOOTH:
+        loss -= smoothing * (tl.sum(b_plain, axis=0) / V)
+    z = z_loss * (shift + rest) * (shift + rest)
+    tl.store(p_loss + row, tl.where(ignored, 0.0, loss + z))
+    tl.store(p_z_loss + row, tl.where(ignored, 0.0, z))
+    tl.store(p_correct + row, tl.where(ignored, 0.0, (target >= largest).to(tl.float32)))
+    tl.store(p_lse + 2 * row, shift)
+    tl.store(p_lse + 2 * row + 1, rest)
+    if GRADIENT:
+        if ignored:
+            b_zero = tl.full((BLOCK // VECTOR, VECTOR), ignored_gradient(shift, rest), p_logits.dtype.element_ty)
             for first in range(0, V, BLOCK):
                 o_v = columns(first, BLOCK)
                 tl.store(p_row + o_v, b_zero, mask=o_v < V)
-    else:
-        inside = (label >= 0) & (label < V)  # else NaN comes out, as an error that does not wait for the device
-        target = tl.load(p_row + label, mask=inside, other=float("nan")).to(tl.float32)
-        b_max = tl.full((BLOCK // VECTOR,), float("-inf"), tl.float32)
-        b_sum = tl.zeros((BLOCK // VECTOR,), tl.float32)
-        b_plain = tl.zeros((BLOCK // VECTOR,), tl.float32)
-        base = tl.where(target == float("-inf"), 0.0, target)
-        for first in range(0, V, BLOCK):
-            b_logits, o_v = load_logits(p_row, first, V, BLOCK)
-            b_new = tl.maximum(b_max, tl.max(b_logits, axis=1))
-            b_shift = tl.where(b_new == float("-inf"), 0.0, b_new)  # -inf - -inf is NaN
-            b_sum = b_sum * tl.exp(b_max - b_shift) + tl.sum(tl.exp(b_logits - b_shift[:, None]), axis=1)
-            b_max = b_new
-            if SMOOTH:
-                b_plain += tl.sum(tl.where(o_v < V, b_logits - base, 0.0), axis=1)
-        largest = tl.max(b_max, axis=0)
-        shift = tl.where(largest == float("-inf"), 0.0, largest)
-        rest = tl.log(tl.sum(b_sum * tl.exp(b_max - shift), axis=0))
-        loss = shift - target + rest
-        if SMOOTH:
-            loss -= smoothing * (tl.sum(b_plain, axis=0) / V)
-        z = z_loss * (shift + rest) * (shift + rest)
-        tl.store(p_loss + row, loss + z)
-        tl.store(p_z_loss + row, z)
-        tl.store(p_correct + row, (target >= largest).to(tl.float32))
-        tl.store(p_lse + 2 * row, shift)
-        tl.store(p_lse + 2 * row + 1, rest)
-        if GRADIENT:
+        else:
             for first in range(0, V, BLOCK):
                 b_logits, o_v = load_logits(p_row, first, V, BLOCK)
                 b_grad = logit_gradient(b_logits, o_v, label, shift, rest, z_loss, smoothing, factor, V)
@@ -115,7 +116,7 @@ def gradient_kernel(
     scale = tl.load(p_drow + row_64 * stride_drow) * factor
     largest, rest = tl.load(p_lse + 2 * row), tl.load(p_lse + 2 * row + 1)
     b_grad = logit_gradient(b_logits, o_v, label, largest, rest, z_loss, smoothing, scale, V)
-    b_grad = tl.where(label == ignore_index, 0.0, b_grad)
+    b_grad = tl.where(label == ignore_index, ignored_gradient(largest, rest), b_grad)
     tl.store(p_out + row_64 * stride_out + o_v, b_grad.to(p_out.dtype.element_ty), mask=o_v < V)
 
 

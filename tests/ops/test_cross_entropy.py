@@ -164,6 +164,45 @@ def test_extreme_logits_propagate_as_in_torch(device, value, where, smoothing):
     torch.testing.assert_close(*gradients, equal_nan=True)
 
 
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan")])
+@pytest.mark.parametrize("options", [{"reduction": "none"}, {"reduction": "sum", "label_smoothing": 0.1}])
+def test_extreme_states_at_ignored_labels_propagate_as_in_torch(device, value, options):
+    """The loss does not see them; their gradient is NaN, and with it that of the whole weight."""
+    hidden, weight = torch.randn(3, 8, device=device), torch.randn(37, 8, device=device)
+    labels = torch.tensor([4, -100, 6], device=device)
+    hidden[1, 2] = value
+
+    def plain(hidden, weight):
+        return F.cross_entropy(hidden @ weight.T, labels, **options)
+
+    def on_logits(hidden, weight):
+        return cross_entropy(hidden @ weight.T, labels, **options).loss
+
+    def fused(hidden, weight):
+        return linear_cross_entropy(hidden, weight, labels, **options).loss
+
+    found = []
+    for function in (plain, on_logits, fused):
+        leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
+        loss = function(*leaves)
+        found.append((loss, *torch.autograd.grad(loss.sum(), leaves)))
+    assert found[0][0].isfinite().all()
+    assert found[0][1].isnan().any(1).tolist() == [False, True, False]
+    for got in found[1:]:
+        torch.testing.assert_close(got, found[0], equal_nan=True)
+
+
+def test_a_row_of_nothing_but_minus_infinity_at_an_ignored_label(device):
+    logits = torch.randn(3, 37, device=device)
+    logits[0, 3], logits[1] = -float("inf"), -float("inf")
+    leaves = [logits.clone().requires_grad_() for _ in range(2)]
+    for function, leaf in zip((cross_entropy, F.cross_entropy), leaves, strict=True):
+        loss = function(leaf, torch.tensor([-100, -100, 6], device=device), reduction="sum")
+        (loss if function is F.cross_entropy else loss.loss).backward()
+    assert leaves[1].grad.isnan().all(1).tolist() == [False, True, False]
+    torch.testing.assert_close(leaves[0].grad, leaves[1].grad, equal_nan=True)
+
+
 def test_a_label_outside_the_vocabulary_makes_the_loss_nan(device):
     for label in (29, -1, 1 << 40):
         loss = cross_entropy(torch.randn(2, 29, device=device), torch.tensor([3, label], device=device)).loss
