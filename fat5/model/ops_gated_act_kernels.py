@@ -54,7 +54,7 @@ def forward_kernel(
     if GATED:
         b_y *= tl.load(p_up + row_64 * stride_up + o_f, mask=m_f, other=0.0).to(tl.float32)
     if DROPOUT:
-        b_y = tl.where(keep_tile(p_seed, row, first, dropped, BLOCK), b_y * scale, 0.0)
+        b_y *= tl.where(keep_tile(p_seed, row, first, dropped, BLOCK), scale, 0.0)  # NaN stays NaN, as in torch
     tl.store(p_out + row_64 * F + o_f, b_y.to(p_out.dtype.element_ty), mask=m_f)
 
 
@@ -77,8 +77,8 @@ def backward_kernel(
     b_dy = tl.load(p_dout + row_64 * stride_dout + o_f, mask=m_f, other=0.0).to(tl.float32)
     b_x = tl.load(p_x + row_64 * stride_x + o_f, mask=m_f, other=0.0).to(tl.float32)
     if DROPOUT:
-        m_keep = keep_tile(p_seed, row, first, dropped, BLOCK)
-        b_dy = tl.where(m_keep, b_dy * scale, 0.0)
+        b_factor = tl.where(keep_tile(p_seed, row, first, dropped, BLOCK), scale, 0.0)
+        b_dy *= b_factor
     b_y, b_slope = activate(b_x, ACT)
     if GATED:
         b_up = tl.load(p_up + row_64 * stride_up + o_f, mask=m_f, other=0.0).to(tl.float32)
@@ -88,7 +88,7 @@ def backward_kernel(
         b_y *= b_up
     if RECOMPUTE:
         if DROPOUT:
-            b_y = tl.where(m_keep, b_y * scale, 0.0)
+            b_y *= b_factor
         tl.store(p_out + row_64 * F + o_f, b_y.to(p_out.dtype.element_ty), mask=m_f)
     tl.store(p_dx + row_64 * stride_dx + o_f, (b_dy * b_slope).to(p_dx.dtype.element_ty), mask=m_f)
 

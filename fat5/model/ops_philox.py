@@ -29,7 +29,7 @@ def dropped_steps(p: float) -> int:
 
 
 def elementwise_dropout(x: torch.Tensor, p: float, seed: torch.Tensor) -> torch.Tensor:
-    """Dropout of `[..., D]` as the kernels of norm and activation do it.
+    """Dropout of `[..., D]` as the kernels of norm and activation do it. What is not finite is NaN if dropped.
 
     Element (row, column) draws 16 bits: of the four words of counter (column // 8, row) the word `column % 8 // 2`, its
     lower half for even columns.
@@ -46,7 +46,7 @@ def elementwise_dropout(x: torch.Tensor, p: float, seed: torch.Tensor) -> torch.
     words = torch.stack(philox(seed, groups.expand_as(c1), c1, zero, zero), dim=-1)  # [rows, groups, 4]
     bits = torch.stack((words & 0xFFFF, words >> 16), dim=-1).flatten(1)[:, :columns]
     keep = (bits >= dropped_steps(p)).view(x.shape)
-    return torch.where(keep, x * keep_scale(p), 0.0)
+    return x * keep * keep_scale(p)
 
 
 def keep_scale(p: float) -> float:

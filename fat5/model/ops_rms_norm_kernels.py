@@ -36,7 +36,7 @@ def forward_kernel(
     if ADD:
         b_branch = tl.load(p_branch + o_row, mask=m_d, other=0.0).to(tl.float32)
         if DROPOUT:
-            b_branch = tl.where(keep_tile(p_seed, row, 0, dropped, BLOCK), b_branch * scale, 0.0)
+            b_branch *= tl.where(keep_tile(p_seed, row, 0, dropped, BLOCK), scale, 0.0)  # NaN stays NaN, as in torch
         b_sum = b_total.to(tl.float32) + b_branch
         if p_total.dtype.element_ty == tl.float16:  # T5's residual stream exceeds fp16's range in some checkpoints
             b_sum = tl.clamp(b_sum, -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL)
@@ -83,7 +83,7 @@ def backward_kernel(
         tl.store(p_dhidden + o_row, b_dx.to(p_dhidden.dtype.element_ty), mask=m_d)
         if BRANCH:
             if DROPOUT:
-                b_dx = tl.where(keep_tile(p_seed, row, 0, dropped, BLOCK), b_dx * scale, 0.0)
+                b_dx *= tl.where(keep_tile(p_seed, row, 0, dropped, BLOCK), scale, 0.0)
             tl.store(p_dbranch + o_row, b_dx.to(p_dbranch.dtype.element_ty), mask=m_d)
     tl.store(p_partial + tl.program_id(0) * D + o_d, b_dweight, mask=m_d)
 

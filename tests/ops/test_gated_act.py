@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from layer_oracle import OPCHECKS, check, poison
+from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
 from fat5.model import ops_gated_act
@@ -93,6 +94,23 @@ def test_extreme_values_propagate_as_in_torch(device, act):
         # in fp64: on some CPUs oneDNN makes gelu(inf) NaN in fp32
         expected = PLAIN[act](gate.double()) * other
         torch.testing.assert_close(gated_act(gate, act, up=other), expected.float(), equal_nan=True)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1.0])
+def test_dropping_what_is_not_finite_gives_what_it_gives_in_torch(device, value):
+    """The same values as torch's own dropout, whose mask is another: what is not finite is NaN when dropped."""
+    seed, found = torch.tensor([5], device=device), []
+    for ours in (True, False):
+        x = torch.full((1, 512), value, device=device, requires_grad=True)
+        y = gated_act(x, "relu", gated=False, dropout_p=0.5, seed=seed) if ours else F.dropout(x, 0.5)
+        y.backward(torch.full_like(y, value))
+        found.append([values(y), values(x.grad)])
+    assert found[0] == found[1]
+
+
+def values(x):
+    """The values in a tensor; -1 stands for NaN, which does not equal itself."""
+    return set(x.detach().nan_to_num(-1.0, posinf=torch.inf).flatten().tolist())
 
 
 def test_operator_is_registered_rightly_and_writes_everything(device, monkeypatch):

@@ -105,6 +105,24 @@ def test_extreme_values_propagate_as_in_torch(device, value):
     torch.testing.assert_close(run([hidden, branch, weight]), formula([hidden, branch, weight]), equal_nan=True)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_nan_when_dropped_as_in_torch(device, value):
+    """See the test of its like in `test_gated_act.py`."""
+    _, branch, weight = make(device, (1, 64))
+    seed, zeros = torch.tensor([3], device=device), torch.zeros_like(branch)
+    kept = add_rms_norm(zeros, torch.ones_like(branch), weight, EPS, dropout_p=0.5, seed=seed)[1] > 0
+    expected = torch.full_like(branch, value).where(kept, torch.nan)
+    dropped = torch.nn.functional.dropout(torch.full((64,), value), 0.5)
+    assert dropped.isnan().any()
+    assert not (dropped == 0).any()
+    bad = torch.full_like(branch, value)
+    total = add_rms_norm(zeros, bad, weight, EPS, dropout_p=0.5, seed=seed)[1]
+    torch.testing.assert_close(total, expected, equal_nan=True)
+    branch.requires_grad_()
+    total = add_rms_norm(zeros, branch, weight, EPS, dropout_p=0.5, seed=seed)[1]
+    torch.testing.assert_close(torch.autograd.grad(total, branch, bad)[0], expected, equal_nan=True)
+
+
 def test_unused_outputs_and_no_rows(device):
     leaves = [x.requires_grad_() for x in make(device, (5, 24))]
     _, total = run(leaves)
