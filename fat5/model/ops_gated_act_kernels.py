@@ -90,7 +90,10 @@ def backward_kernel(
         if DROPOUT:
             b_y *= b_factor
         tl.store(p_out + row_64 * F + o_f, b_y.to(p_out.dtype.element_ty), mask=m_f)
-    tl.store(p_dx + row_64 * stride_dx + o_f, (b_dy * b_slope).to(p_dx.dtype.element_ty), mask=m_f)
+    b_dx = b_dy * b_slope
+    if ACT == RELU:  # torch's has no gradient there, whatever comes in
+        b_dx = tl.where(b_x <= 0.0, 0.0, b_dx)
+    tl.store(p_dx + row_64 * stride_dx + o_f, b_dx.to(p_dx.dtype.element_ty), mask=m_f)
 
 
 def launch_forward(

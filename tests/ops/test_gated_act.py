@@ -96,6 +96,23 @@ def test_extreme_values_propagate_as_in_torch(device, act):
         torch.testing.assert_close(gated_act(gate, act, up=other), expected.float(), equal_nan=True)
 
 
+@pytest.mark.parametrize("gradient", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("gated", [False, True])
+def test_relu_has_no_gradient_where_it_is_zero_whatever_comes_in(device, gated, gradient):
+    x = torch.tensor([float("nan"), float("inf"), -float("inf"), 1.0, -1.0, 0.0, -0.0], device=device)
+    found = []
+    for function in (gated_act_of, formula):
+        leaves = [y.clone().requires_grad_() for y in (x, torch.full_like(x, 2.0))[: 1 + gated]]
+        output = function("relu", leaves[0], leaves[1] if gated else None)[0]
+        found.append(torch.autograd.grad(output, leaves, torch.full_like(x, gradient)))
+    assert (found[1][0][x <= 0] == 0).all()
+    torch.testing.assert_close(*found, equal_nan=True)
+
+
+def gated_act_of(act, x, up):
+    return [gated_act(x, act, up=up, gated=up is not None)]
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1.0])
 def test_dropping_what_is_not_finite_gives_what_it_gives_in_torch(device, value):
     """The same values as torch's own dropout, whose mask is another: what is not finite is NaN when dropped."""
