@@ -142,7 +142,8 @@ class FlashT5Attention(nn.Module):
                 output, weights = ATTENTION_FUNCTIONS[implementation](query, key, value, bias, self.scale, dropout)
                 if mask.visible is not None:
                     output = torch.where(mask.visible.to(output.device), output, 0.0)
-        output = linear(self.o, output.transpose(1, 2).flatten(2))
+        output = output.transpose(1, 2).flatten(2)
+        output = linear(self.o, output if mask.rows is None else mask.rows.pack(output))
         return output, bias, weights
 
     def _dense_bias(self, mask: AttentionMask) -> torch.Tensor | None:
@@ -179,7 +180,10 @@ class FlashT5Attention(nn.Module):
         key_value_states: torch.Tensor | None,
         past_key_values: EncoderDecoderCache | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries `[B, H, Lq, Dk]`, keys and values `[B, H, Lk, Dk]`, or packed as the stack is, rotated if need be."""
+        """Queries `[B, H, Lq, Dk]`, keys and values `[B, H, Lk, Dk]`, or packed as the stack is, rotated if need be.
+
+        Of a packed stack they are in rows if the mask says so, with zeros where there is no real token.
+        """
         if key_value_states is None:
             states = project(hidden_states, (self.Wq, self.Wk, self.Wv))
         elif past_key_values is not None and past_key_values.is_updated.get(self.layer_idx):
@@ -188,6 +192,8 @@ class FlashT5Attention(nn.Module):
         else:
             states = [*project(hidden_states, (self.Wq,)), *project(key_value_states, (self.Wk, self.Wv))]
         query, key, value = map(self._split_heads, states)
+        if mask.rows is not None:
+            query, key, value = (mask.rows.scatter(x.squeeze(0).transpose(0, 1)) for x in (query, key, value))
         if mask.rotary is not None:
             query, key = mask.rotary.rotate_query(query), mask.rotary.rotate_key(key)
         if past_key_values is not None:

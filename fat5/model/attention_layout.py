@@ -16,12 +16,14 @@ class PackedTokens:
         order: int64 `[T]`, index in the flattened batch of each packed token; None where that is every token in turn.
         cu_seqlens: int32 `[S + 1]`, where each segment begins and the last one ends; segments may be empty.
         longest: length of the longest segment.
+        neighbours: the tokens of every segment are neighbours in their row, so that distances stay what they were.
     """
 
     shape: tuple[int, int]
     order: torch.Tensor | None
     cu_seqlens: torch.Tensor
     longest: int
+    neighbours: bool = True
 
     @property
     def tokens(self) -> int:
@@ -101,18 +103,15 @@ def padded_layout(key_mask: torch.Tensor) -> KernelLayout | None:
     return KernelLayout(key_lengths=lengths.int()) if right_padded else None
 
 
-def packed_layout(
-    query_segments: torch.Tensor, key_segments: torch.Tensor, keep_distances: bool
-) -> KernelLayout | None:
+def packed_layout(query_segments: torch.Tensor, key_segments: torch.Tensor) -> KernelLayout | None:
     """The layout that packs every segment of every row.
 
     Args:
         query_segments: ints `[B, Lq]`, 1..n for the segments of a row, 0 for padding.
         key_segments: the same `[B, Lk]`; the very same tensor in self-attention.
-        keep_distances: a segment's queries must be neighbours in the row, because a position bias depends on that.
 
     Returns:
-        None where distances would change, where there is nothing to pack, and where segments are not numbered 1..n.
+        None where there is nothing to pack, and where segments are not numbered 1..n.
     """
     sides = [query_segments] if query_segments is key_segments else [query_segments, key_segments]
     batch, longest_row = key_segments.shape[0], max(side.shape[1] for side in sides)
@@ -121,15 +120,18 @@ def packed_layout(
     sorts = [_sort_segments(side, highest) for side in sides]
     facts = torch.stack([highest, lowest, *(fact for sort in sorts for fact in sort[2:])]).tolist()  # the only look
     count, smallest, *by_side = facts
-    tokens, longest, neighbours = by_side[::3], by_side[1::3], by_side[2::3]
-    if smallest < 0 or count > longest_row or not all(tokens) or (keep_distances and not neighbours[0]):
+    tokens = by_side[::3]
+    if smallest < 0 or count > longest_row or not all(tokens):
         return None
     starts = torch.arange(batch * count + 1, device=key_segments.device)
     packed = []
-    for side, (numbers, order, *_), real, most in zip(sides, sorts, tokens, longest, strict=True):
+    for side, (numbers, order, *_), real, longest, neighbours in zip(
+        sides, sorts, tokens, by_side[1::3], by_side[2::3], strict=True
+    ):
         complete = count == 1 and real == side.numel()
         cu_seqlens = torch.searchsorted(numbers, starts, out_int32=True)
-        packed.append(PackedTokens((batch, side.shape[1]), None if complete else order[:real], cu_seqlens, most))
+        its_order, shape = None if complete else order[:real], (batch, side.shape[1])
+        packed.append(PackedTokens(shape, its_order, cu_seqlens, longest, bool(neighbours)))
     return KernelLayout(queries=packed[0], keys=packed[-1])
 
 

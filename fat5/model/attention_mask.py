@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn import functional as F
 
-from .attention_layout import KernelLayout, host_may_look, packed_layout, padded_layout
+from .attention_layout import KernelLayout, PackedTokens, host_may_look, packed_layout, padded_layout
 from .flash_attention import FLASH_ATTENTION, flash_serves
 from .ops_attention import kernels_serve
 from .ops_attention_checks import DTYPES, MAX_HEAD_DIM
@@ -37,6 +37,8 @@ class AttentionMask:
             None where there are none.
         rotary: what turns queries and keys of self-attention; None without RoPE.
         dense_bias: the kernels are given the position bias as a matrix, which no packed layout takes.
+        rows: the tokens of a packed stack whose queries, keys and values are laid out in rows again for this attention,
+            which is what the mask then describes; None where they come as they are attended to.
         implementation: of attention, that `prepare` was called for.
         layout: how the kernels see the batch; None where a matrix is needed. These are filled by `prepare`.
         allowed: bool `[B|1, 1, Lq|1, Lk]`, True where attention is allowed; None when it is everywhere.
@@ -56,6 +58,7 @@ class AttentionMask:
     drawn: torch.Tensor | None = None
     rotary: RotaryTables | None = None
     dense_bias: bool = False
+    rows: PackedTokens | None = None
     implementation: str = field(default="sdpa", init=False)
     layout: KernelLayout | None = field(default=None, init=False)
     allowed: torch.Tensor | None = field(default=None, init=False)
@@ -90,19 +93,13 @@ class AttentionMask:
         int64 `[B|1, Lq]` and `[B|1, Lk]`, 0 for padding before it.
         """
         queries, keys = self.encoded_positions()
-        layout = self.layout
-        if layout is not None and layout.of_stack and layout.queries is not None:
-            starts = layout.queries.cu_seqlens.long()
-            segment = torch.searchsorted(starts, self.key_positions, right=True) - 1
-            places = (self.key_positions - starts[segment])[None]
-            return places, places
         if self.query_segments is not None:
             ids = self.query_segments.to(self.device)
             new = torch.cat([torch.ones_like(ids[:, :1], dtype=torch.bool), ids[:, 1:] != ids[:, :-1]], dim=1)
             starts = torch.where(new, self.key_positions, 0).cummax(1).values
             starts = keys[starts]  # [B, L]
             return queries - starts, keys - starts
-        if self.key_mask is None or (layout is not None and layout.queries is None):
+        if self.key_mask is None or (self.layout is not None and self.layout.queries is None):
             return queries[None], keys[None]
         starts = keys[self.key_mask.to(self.device).int().argmax(1)][:, None]  # [B, 1]
         return (queries - starts).clamp(min=0), (keys - starts).clamp(min=0)
@@ -152,7 +149,9 @@ class AttentionMask:
         elif key_mask is not None:
             keys = key_mask.long()
             queries = torch.ones_like(keys[:, :1]).expand(-1, self.query_length)
-        return packed_layout(queries if self.cross else keys, keys, keep_distances=not self.cross)
+        layout = packed_layout(queries if self.cross else keys, keys)
+        changes = not self.cross and layout is not None and layout.keys is not None and not layout.keys.neighbours
+        return None if changes else layout  # a position bias depends on the distances in the rows
 
     def build_dense(self) -> "AttentionMask":
         """Fill `allowed` and `visible`, and return the mask itself.

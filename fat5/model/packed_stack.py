@@ -50,7 +50,7 @@ class PackedStack:
     keys: PackedTokens
 
     def self_attention(self, causal: bool) -> AttentionMask:
-        """The mask of the stack's tokens among themselves, ready for the kernels."""
+        """The mask of the stack's tokens among themselves, ready for the kernels, which count distances in them."""
         return self._mask(self.queries, causal=causal)
 
     def cross_attention(self) -> AttentionMask:
@@ -67,8 +67,8 @@ class PackedStack:
 def pack_stack(rows: Rows, encoder_rows: Rows | None, device: torch.device) -> PackedStack | None:
     """How a stack is packed; None where it has to stay as it is.
 
-    That is where there is no padding to remove, where distances would change (a position bias depends on them), where
-    there is no real token on one side, and where the host may not look at masks. A stream needs no look.
+    That is where there is no padding to remove, where there is no real token on one side, and where the host may not
+    look at masks. A stream needs no look.
 
     Args:
         rows: of the stack.
@@ -82,7 +82,7 @@ def pack_stack(rows: Rows, encoder_rows: Rows | None, device: torch.device) -> P
     if all(side.plain for side in sides) or not host_may_look(device):
         return None
     ids = [side.ids(device) for side in sides]
-    layout = packed_layout(ids[0], ids[-1], keep_distances=True)
+    layout = packed_layout(ids[0], ids[-1])
     if layout is None or layout.queries is None or layout.keys is None:
         return None
     return PackedStack(layout.queries, layout.keys)

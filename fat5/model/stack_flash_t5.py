@@ -13,7 +13,7 @@ from .configuration_flash_t5 import FlashT5Config
 from .layers_flash_t5 import FlashT5Block, add_branch, dropout_probability
 from .norm_flash_t5 import FlashT5LayerNorm
 from .packed_inputs import Segments
-from .packed_stack import Rows, pack_stack
+from .packed_stack import PackedStack, Rows, pack_stack
 from .position_rotary import RotaryTables, rotary_tables
 
 
@@ -56,9 +56,14 @@ class FlashT5Stack(nn.Module):
     ) -> Any:
         """Run the stack.
 
-        Where the kernels serve, it runs on the real tokens alone, `[1, T, D]` from the first layer to the last, unless
-        that would change distances (holes in a mask), a cache already holds tokens, or a graph is compiled or captured.
-        What it returns is padded again, with zeros.
+        Where the kernels serve, it runs on the real tokens alone, `[1, T, D]` from the first layer to the last,
+        whatever the mask, unless a cache already holds tokens, or a graph is compiled or captured. What it returns is
+        padded again, with zeros.
+
+        So do the kernels of attention, unless its bias needs the distances of the padded rows: T5's and ALiBi's between
+        tokens with padding among them (holes in a mask), and every bias that is a matrix (FIRE, asymmetric ALiBi, T5's
+        and ALiBi's of random positions). Then scores, softmax and weighted values of self-attention, nothing else, are
+        computed in the rows as they came, and what comes of padding there is dropped.
 
         Args:
             input_ids: int64 `[B, L]`, or
@@ -91,38 +96,18 @@ class FlashT5Stack(nn.Module):
             past_key_values = EncoderDecoderCache(DynamicCache(), DynamicCache())
 
         implementation = "eager" if output_attentions else self.config._attn_implementation
-        length = inputs_embeds.shape[1]
         cross = None
         if encoder_hidden_states is not None:
             encoder_length = encoder_hidden_states.shape[1]
             encoder_mask = key_mask(encoder_attention_mask, encoder_length)
             cross = Rows((encoder_hidden_states.shape[0], encoder_length), encoder_mask, encoder_segments)
-        drawn = self._draw_positions(length, inputs_embeds.device, past_key_values)
-        packed = None
-        if (
-            drawn is None
-            and self.may_pack(inputs_embeds.device, inputs_embeds.dtype, implementation)
-            and is_new(past_key_values)
-        ):
-            own = Rows((inputs_embeds.shape[0], length), key_mask(attention_mask, length), segments)
-            packed = pack_stack(own, cross, inputs_embeds.device)
-        cross_mask = None
-        if packed is None:
-            mask = self._self_attention_mask(inputs_embeds, attention_mask, segments, past_key_values)
-            mask.drawn, mask.dense_bias = drawn, self.config.has_dense_bias or drawn is not None
-            mask.prepare(implementation, inputs_embeds.dtype, self.config.d_kv)
-            if cross is not None:
-                cross_mask = cross_attention_mask(length, cross, segments, inputs_embeds.device)
-                cross_mask.prepare(implementation, inputs_embeds.dtype, self.config.d_kv)
-        else:
-            mask = packed.self_attention(causal=self.is_decoder)
+        mask, cross_mask, packed = self._lay_out(
+            inputs_embeds, attention_mask, segments, cross, past_key_values, implementation
+        )
+        if packed is not None:
             inputs_embeds = packed.queries.pack(inputs_embeds)
             if encoder_hidden_states is not None:
-                cross_mask = packed.cross_attention()
                 encoder_hidden_states = packed.keys.pack(encoder_hidden_states)
-
-        if self.config.position_encoding_type == "RoPE":
-            mask.rotary = self._rotary_tables(mask)
         hidden_states = self.dropout(inputs_embeds)
         all_hidden_states, all_weights, all_cross_weights = [], [], []
         wide = self.config.residual_in_fp32
@@ -163,9 +148,46 @@ class FlashT5Stack(nn.Module):
 
     def may_pack(self, device: torch.device, dtype: torch.dtype, implementation: str | None = None) -> bool:
         """Whether the kernels serve states of this kind, so that the stack may run without padding."""
-        if self.config.has_dense_bias:
-            return False
         return kernels_take(implementation or self.config._attn_implementation, device, dtype, self.config.d_kv)
+
+    def _lay_out(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        segments: Segments | None,
+        cross: Rows | None,
+        past_key_values: EncoderDecoderCache | None,
+        implementation: str | None,
+    ) -> tuple[AttentionMask, AttentionMask | None, PackedStack | None]:
+        """Masks of self- and cross-attention, prepared, and how the stack is packed; None for what there is not."""
+        (batch, length), device, dtype = inputs_embeds.shape[:2], inputs_embeds.device, inputs_embeds.dtype
+        config, cross_mask, packed = self.config, None, None
+        mask = self._self_attention_mask(inputs_embeds, attention_mask, segments, past_key_values)
+        mask.drawn = self._draw_positions(length, device, past_key_values)
+        biased = config.position_encoding_type in ("t5", "ALiBi", "FIRE")
+        mask.dense_bias = config.has_dense_bias or (biased and mask.drawn is not None)
+        if self.may_pack(device, dtype, implementation) and is_new(past_key_values):
+            packed = pack_stack(Rows((batch, length), mask.key_mask, segments), cross, device)
+        # of packed tokens the kernels take no matrix, and count distances between those that are there
+        in_rows = packed is None or mask.dense_bias or (biased and not packed.queries.neighbours)
+        if in_rows:
+            mask.prepare(implementation, dtype, config.d_kv)
+        places = mask.places()[0] if config.position_encoding_type == "RoPE" else None
+        if packed is None:
+            if cross is not None:
+                cross_mask = cross_attention_mask(length, cross, segments, device)
+                cross_mask.prepare(implementation, dtype, config.d_kv)
+        else:
+            cross_mask = None if cross is None else packed.cross_attention()
+            if in_rows:
+                mask.rows = packed.queries
+            else:
+                mask = packed.self_attention(causal=self.is_decoder)
+                if places is not None:
+                    places = packed.queries.pack(places.expand(batch, length)[..., None])[..., 0]
+        if places is not None:
+            mask.rotary = self._rotary_tables(places)
+        return mask, cross_mask, packed
 
     def _draw_positions(
         self, length: int, device: torch.device, past_key_values: EncoderDecoderCache | None
@@ -185,10 +207,10 @@ class FlashT5Stack(nn.Module):
         drawn = torch.randperm(available, device=device)[:length].sort().values
         return torch.cat([torch.zeros_like(drawn[:1]), drawn[1:]])
 
-    def _rotary_tables(self, mask: AttentionMask) -> RotaryTables:
+    def _rotary_tables(self, places: torch.Tensor) -> RotaryTables:
         config = self.config
         return rotary_tables(
-            mask.places()[0],
+            places,
             config.rotary_size,
             config.rotary_base,
             config.rotary_interleaved,

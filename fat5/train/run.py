@@ -139,16 +139,18 @@ def _shapes_of_graphs(
 ) -> FixedShapes | None:
     """Say how batches are laid out for CUDA graphs; None where steps are not run in them.
 
-    That is without the kernels, which alone take a stream; with several processes, whose exchange of gradients is not
-    captured; where activations are recomputed, which reads the state of the random numbers; and with positions drawn
-    at random, which are drawn for rows.
+    That is without the kernels, which alone take a stream; with a position bias that is a matrix, which would be one of
+    the whole stream; with several processes, whose exchange of gradients is not captured; where activations are
+    recomputed, which reads the state of the random numbers; and with positions drawn at random, which are drawn for
+    rows.
     """
     data, training = recipe.data, recipe.training
     alone = not (dist.is_available() and dist.is_initialized())
     kernels = args.device.type == "cuda" and model.encoder.may_pack(args.device, model.dtype)
     if not (training.cuda_graphs and alone and kernels):
         return None
-    if training.gradient_checkpointing or model.config.use_randomized_position_encoding:
+    config = model.config
+    if training.gradient_checkpointing or config.has_dense_bias or config.use_randomized_position_encoding:
         return None
     rows, longest = training.micro_batch_size, (data.max_input_length, data.max_target_length)
     return FixedShapes(rows * longest[0], rows * longest[1], *longest, pad)

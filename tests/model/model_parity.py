@@ -128,3 +128,9 @@ def batch(padding: str, encoder_length: int = 37, decoder_length: int = 23, rows
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """Largest difference, as a fraction of the largest expected value."""
     return ((actual - expected).abs().max() / expected.abs().max()).item()
+
+
+def gradient_scale(name, weights):
+    """Largest entry of a weight's gradient; of its module's for a scalar, which sums scores that nearly cancel."""
+    beside = [name] if weights[name].ndim else [other for other in weights if other.startswith(name.rpartition(".")[0])]
+    return max(weights[other].grad.abs().max() for other in beside if weights[other].requires_grad)

@@ -48,8 +48,9 @@ def test_packed_tokens_are_the_segments_one_after_another(rows, gaps):
             segments[row, at : at + length] = segment
             expected.append([row * 40 + at + i for i in range(length)])
             at += length + gaps
-    layout = packed_layout(segments, segments, keep_distances=True)
+    layout = packed_layout(segments, segments)
     assert layout.queries is layout.keys
+    assert layout.keys.neighbours
     starts = layout.keys.cu_seqlens.tolist()
     assert [layout.keys.order[a:b].tolist() for a, b in pairwise(starts)] == expected
     assert layout.keys.cu_seqlens.dtype == torch.int32
@@ -65,18 +66,25 @@ def test_packed_tokens_are_the_segments_one_after_another(rows, gaps):
 
 def test_segments_of_queries_and_keys_correspond():
     queries, keys = torch.tensor([[1, 2, 2], [3, 3, 0]]), torch.tensor([[2, 1, 1, 0, 2], [0, 0, 3, 3, 1]])
-    layout = packed_layout(queries, keys, keep_distances=False)
+    layout = packed_layout(queries, keys)
     assert layout.queries.cu_seqlens.tolist() == [0, 1, 3, 3, 3, 3, 5]
     assert layout.keys.cu_seqlens.tolist() == [0, 2, 4, 4, 5, 5, 7]
     assert layout.queries.order.tolist() == [0, 1, 2, 3, 4]
     assert layout.keys.order.tolist() == [1, 2, 0, 4, 9, 7, 8]
     assert (layout.queries.longest, layout.keys.longest) == (2, 2)
+    assert (layout.queries.neighbours, layout.keys.neighbours) == (True, False)
 
 
-@pytest.mark.parametrize("segments", [[[1, 2, 1, 2]], [[1, 1, 0, 1]], [[0, 0, 0, 0]], [[1, -1, 2, 2]], [[1, 9, 9, 9]]])
+@pytest.mark.parametrize("segments", [[[0, 0, 0, 0]], [[1, -1, 2, 2]], [[1, 9, 9, 9]]])
 def test_segments_that_cannot_be_packed(segments):
     segments = torch.tensor(segments)
-    assert packed_layout(segments, segments, keep_distances=True) is None
+    assert packed_layout(segments, segments) is None
+
+
+@pytest.mark.parametrize("segments", [[[1, 2, 1, 2]], [[1, 1, 0, 1]]])
+def test_segments_that_are_no_neighbours_in_their_row(segments):
+    segments = torch.tensor(segments)
+    assert not packed_layout(segments, segments).keys.neighbours
 
 
 def kind(layout):

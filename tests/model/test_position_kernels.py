@@ -3,7 +3,7 @@
 import pytest
 import torch
 from interpreter import DEVICE, HAS_KERNELS, INTERPRETED, needs_kernels, run_interpreted
-from model_parity import batch, relative_error
+from model_parity import batch, gradient_scale, relative_error
 from position_kinds import kind_model
 
 SMALL = {"num_heads": 2, "d_kv": 6, "num_layers": 1}
@@ -42,9 +42,3 @@ def test_a_model_equals_itself_on_eager(kind, packed):
             assert torch.isfinite(weight.grad).all()
             error = (results["fat5"][1][name].grad - weight.grad).abs().max()
             assert error < GRADIENTS * gradient_scale(name, results["eager"][1]), name
-
-
-def gradient_scale(name, weights):
-    """Largest entry of a weight's gradient; of its module's for a scalar, which sums scores that nearly cancel."""
-    beside = [name] if weights[name].ndim else [other for other in weights if other.startswith(name.rpartition(".")[0])]
-    return max(weights[other].grad.abs().max() for other in beside if weights[other].requires_grad)

@@ -70,7 +70,7 @@ def test_attention_is_what_the_formula_says(kind, stack, implementation):
     states = torch.randn(1, length, config.d_model)
     mask = AttentionMask(length, length, torch.device("cpu"), causal=stack == "decoder")
     if config.position_encoding_type == "RoPE":
-        mask.rotary = getattr(model, stack)._rotary_tables(mask)
+        mask.rotary = getattr(model, stack)._rotary_tables(mask.places()[0])
     output, *_ = attention(states, mask.prepare(implementation, states.dtype, config.d_kv))
 
     def heads(layer):

@@ -7,11 +7,13 @@ import copy
 
 import pytest
 import torch
-from model_parity import batch, build_flash, build_stock, relative_error
+from model_parity import batch, build_flash, build_stock, gradient_scale, relative_error
+from position_kinds import KINDS, kind_model
 
 import fat5.model.attention_mask
 import fat5.model.packed_stack
 from fat5.model import FlashT5EncoderModel
+from fat5.model.attention import ATTENTION_FUNCTIONS, sdpa_attention
 from fat5.model.packed_inputs import Segments, read_segments, require_a_pair, shift_right, until_last_label
 
 
@@ -30,7 +32,11 @@ def masked(kind):
     padding = kind if kind in ("left", "right") else "right" if kind == "labels" else "none"
     inputs = batch(padding, 21, 13)
     if kind == "holes":
-        inputs["attention_mask"] = (torch.rand(3, 21, generator=torch.Generator().manual_seed(1)) < 0.7).long()
+        for i, name in enumerate(("attention_mask", "decoder_attention_mask")):
+            seen = torch.rand(inputs[name].shape, generator=torch.Generator().manual_seed(i)) < 0.7
+            seen[0, :3] = seen[1, -3:] = False  # and padding on both sides
+            inputs[name] = seen.long()
+        inputs["labels"][inputs["decoder_attention_mask"] == 0] = -100
     if kind == "encoder":
         inputs["attention_mask"][1, 4:] = 0
         del inputs["decoder_attention_mask"]
@@ -60,8 +66,9 @@ def masked(kind):
     real = {
         "right": (63 - 21, 39 - 15), "left": (63 - 21, 39 - 15), "labels": (63 - 21, 39 - 15), "encoder": (63 - 17, 39),
         "segments": (21 + 24, 13 + 24), "stream": (22, 16), "none": padded,
-        "holes": (63, 39),
     }  # fmt: skip
+    if kind == "holes":
+        return inputs, tuple(inputs[name].sum().item() for name in ("attention_mask", "decoder_attention_mask"))
     return inputs, real[kind]
 
 
@@ -121,9 +128,50 @@ def test_a_stack_without_padding_computes_the_same(family, kind):
         for one, two in zip(states, its, strict=True):
             assert one.shape == two.shape
             assert relative_error(one[mask], two[mask]) < 1e-5
-            if kind != "holes":
-                assert one[~mask].abs().sum() == 0
+            assert one[~mask].abs().sum() == 0
     assert_as_exact(grads, expected_grads, eager, inputs)
+
+
+@pytest.mark.parametrize("position", sorted(KINDS))
+@pytest.mark.parametrize("kind", ["right", "left", "segments", "holes"])
+def test_no_kind_of_positions_computes_padding(position, kind):
+    """Distances and positions are those of the padded rows, as eager counts them; FIRE's has weights to learn."""
+    eager, fused = (kind_model(position, name) for name in ("eager", "fat5"))
+    inputs, real = masked(kind)
+    seen = tokens_of(fused)
+    (output, grads), (expected, expected_grads) = gradients(fused, inputs), gradients(eager, inputs)
+    assert (seen["encoder"], seen["decoder"]) == real
+    _, decoder = real_tokens(inputs)
+    assert relative_error(output.logits[decoder], expected.logits[decoder]) < 1e-5
+    for name, weight in eager.named_parameters():
+        if weight.requires_grad and not name.endswith("mlp.2.bias"):  # whose gradient is zero: it shifts all scores
+            error = (grads[name] - expected_grads[name]).abs().max()
+            assert error < 5e-5 * gradient_scale(name, dict(eager.named_parameters())), name
+
+
+@pytest.mark.parametrize(("position", "in_rows"), [("none", False), ("rope", False), ("t5", True), ("alibi", True)])
+def test_attention_itself_goes_back_to_rows_only_for_distances(position, in_rows, monkeypatch):
+    """With holes in a mask, and where positions are a bias; rotary ones are counted in the rows beforehand."""
+    model, calls = kind_model(position, "fat5"), []
+    monkeypatch.setitem(ATTENTION_FUNCTIONS, "fat5", lambda *args: calls.append(args[0].shape) or sdpa_attention(*args))
+    model(**masked("left")[0])
+    assert not calls
+    model(**masked("holes")[0])
+    assert calls == ([(3, 4, 21, 6)] * 2 + [(3, 4, 13, 6)] * 2 if in_rows else [])  # never across
+
+
+def test_randomised_positions_are_drawn_for_the_padded_rows():
+    fields = {"use_randomized_position_encoding": True, "max_sequence_length": 64}
+    for position in ("t5", "rope"):
+        models = [kind_model(position, name, **fields).train() for name in ("eager", "fat5")]
+        for kind in ("left", "holes"):
+            (inputs, real), losses = masked(kind), []
+            seen = tokens_of(models[1])
+            for model in models:
+                torch.manual_seed(3)
+                losses.append(model(**inputs).loss.item())
+            assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+            assert (seen["encoder"], seen["decoder"]) == real
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa", "fat5"])
@@ -188,16 +236,20 @@ def test_generation_from_padded_prompts(side, options):
     assert seen["encoder"] == inputs["attention_mask"].sum()
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_a_cache_filled_by_a_packed_prompt_can_be_continued(side):
-    eager, fused = pair()
-    inputs = batch(side, 21, 13)
+@pytest.mark.parametrize("position", ["t5", "fire", "rope"])
+@pytest.mark.parametrize("side", ["left", "right", "holes"])
+def test_a_cache_filled_by_a_packed_prompt_can_be_continued(side, position):
+    eager, fused = (kind_model(position, name) for name in ("eager", "fat5"))
+    inputs, real = masked(side)
+    seen = tokens_of(fused)
     given = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     ids, mask = inputs["decoder_input_ids"], inputs["decoder_attention_mask"]
     results = []
     for model in (eager, fused):
         with torch.no_grad():
             first = model(**given, decoder_input_ids=ids, decoder_attention_mask=mask, use_cache=True)
+            if model is fused:
+                assert (seen["encoder"], seen["decoder"]) == real
             more = {"decoder_attention_mask": torch.cat([mask, torch.ones(3, 2).long()], 1)}
             then = model(**given, decoder_input_ids=ids[:, :2], past_key_values=first.past_key_values, **more)
         results.append(then.logits)

@@ -1,12 +1,17 @@
 """Batches laid out for CUDA graphs: other tensors, the same loss and gradients."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from toy_training import VOCABULARY, toy_model
 
+import fat5.model.attention_mask
 from fat5.data import layout
+from fat5.model import FlashT5Config, FlashT5ForConditionalGeneration
 from fat5.train.fixed_shapes import FixedShapes
+from fat5.train.run import _shapes_of_graphs
 
 LONGEST = 40, 24  # of an example
 WIDTHS = 60, 50  # of a row of segments
@@ -76,3 +81,18 @@ def test_a_batch_that_fills_its_shape_is_left_as_it_is():
     for name, value in batch.items():
         if name not in ("encoder_max_length", "decoder_max_length"):
             assert torch.equal(filled[name], value) if torch.is_tensor(value) else filled[name] == value
+
+
+@pytest.mark.parametrize(("kind", "streams"), [("t5", True), ("RoPE", True), ("FIRE", False)])
+def test_a_bias_that_is_a_matrix_is_not_made_for_a_stream(kind, streams, monkeypatch):
+    monkeypatch.setattr(fat5.model.attention_mask, "kernels_serve", lambda _: True)
+    config = FlashT5Config(
+        vocab_size=99, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, position_encoding_type=kind,
+        attn_implementation="fat5",
+    )  # fmt: skip
+    recipe = SimpleNamespace(
+        data=SimpleNamespace(max_input_length=16, max_target_length=8),
+        training=SimpleNamespace(cuda_graphs=True, gradient_checkpointing=False, micro_batch_size=2),
+    )
+    model, arguments = FlashT5ForConditionalGeneration(config), SimpleNamespace(device=torch.device("cuda"))
+    assert (_shapes_of_graphs(recipe, model, arguments, 0) is not None) == streams
