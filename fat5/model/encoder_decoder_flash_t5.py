@@ -12,7 +12,7 @@ from .attention_layout import host_may_look
 from .configuration_flash_t5 import FlashT5Config
 from .packed_inputs import read_segments, require_a_pair, shift_right, until_last_label
 from .pretrained_flash_t5 import FlashT5PreTrainedModel
-from .stack_flash_t5 import FlashT5Stack
+from .stack_flash_t5 import FlashT5Stack, is_new
 
 
 class FlashT5EncoderDecoder(FlashT5PreTrainedModel):
@@ -71,7 +71,7 @@ class FlashT5EncoderDecoder(FlashT5PreTrainedModel):
             output_hidden_states: return all hidden states. Here as in the last one, what is padding has no meaning: on
                 the kernels, which do not compute it, it is zero.
             labels: int64 `[B, Ld]`, from which decoder inputs are made where there are none; -100 behind the last label
-                of a row is padding.
+                of a row is padding, in training beside given decoder inputs too, unless they come with a mask.
 
         Raises:
             ValueError: if inputs are missing or contradict each other; the message says which.
@@ -97,14 +97,15 @@ class FlashT5EncoderDecoder(FlashT5PreTrainedModel):
             )
         )
         require_a_pair(segments, decoder_segments)
-        if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
-            ids = None if decoder_segments is None else decoder_segments.ids
-            start, pad = self.config.decoder_start_token_id, self.config.pad_token_id
-            decoder_input_ids = shift_right(labels, ids, start, pad)
-            padded = decoder_attention_mask is None and decoder_segments is None
-            # where lengths may not be read back, a mask is a matrix, and dearer than the padding
-            if padded and host_may_look(embeds.device) and self.decoder.may_pack(embeds.device, embeds.dtype):
-                decoder_attention_mask = until_last_label(labels)
+        if labels is not None:
+            shifts = decoder_input_ids is None and decoder_inputs_embeds is None
+            if shifts:
+                ids = None if decoder_segments is None else decoder_segments.ids
+                start, pad = self.config.decoder_start_token_id, self.config.pad_token_id
+                decoder_input_ids = shift_right(labels, ids, start, pad)
+            # given inputs may be wanted behind the last label, but in training nobody sees what comes of them
+            if (shifts or self.training) and decoder_attention_mask is None and decoder_segments is None:
+                decoder_attention_mask = self._mask_of_labels(labels, target, past_key_values, embeds)
         outputs = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
         if encoded is None:
             encoded = self.encoder(
@@ -132,3 +133,18 @@ class FlashT5EncoderDecoder(FlashT5PreTrainedModel):
             encoder_hidden_states=encoded.hidden_states,
             encoder_attentions=encoded.attentions,
         )
+
+    def _mask_of_labels(
+        self,
+        labels: torch.Tensor,
+        target: torch.Tensor | None,
+        past_key_values: EncoderDecoderCache | None,
+        embeds: torch.Tensor,
+    ) -> torch.Tensor | None:
+        """Bool `[B, Ld]`, False behind the last label of a row, where the decoder can save what it hides; else None."""
+        if target is None or target.shape[:2] != labels.shape or not is_new(past_key_values):
+            return None
+        # where lengths may not be read back, a mask is a matrix, and dearer than the padding
+        if not (host_may_look(embeds.device) and self.decoder.may_pack(embeds.device, embeds.dtype)):
+            return None
+        return until_last_label(labels)

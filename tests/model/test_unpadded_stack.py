@@ -7,7 +7,7 @@ import copy
 
 import pytest
 import torch
-from model_parity import batch, build_flash, build_stock, gradient_scale, relative_error
+from model_parity import batch, build_flash, build_stock, flash_name, gradient_scale, relative_error
 from position_kinds import KINDS, kind_model
 
 import fat5.model.attention_mask
@@ -130,6 +130,41 @@ def test_a_stack_without_padding_computes_the_same(family, kind):
             assert relative_error(one[mask], two[mask]) < 1e-5
             assert one[~mask].abs().sum() == 0
     assert_as_exact(grads, expected_grads, eager, inputs)
+
+
+@pytest.mark.parametrize("form", ["decoder_input_ids", "decoder_inputs_embeds"])
+def test_labels_tell_padding_beside_decoder_inputs_in_training(form):
+    """As `DataCollatorForSeq2Seq(model=model)` gives both, made from the labels, and no mask. Stock is the oracle."""
+    stock = build_stock("t5")
+    fused = build_flash("t5", stock, "fat5").train()
+    inputs, real = masked("labels")
+    inputs["decoder_input_ids"] = stock.prepare_decoder_input_ids_from_labels(inputs["labels"])
+    if form == "decoder_inputs_embeds":
+        inputs[form] = stock.shared(inputs.pop("decoder_input_ids")).detach()
+    seen = tokens_of(fused)
+    loss, expected = (model(**inputs).loss for model in (fused, stock))
+    assert (seen["encoder"], seen["decoder"]) == real
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    for model, its in ((fused, loss), (stock, expected)):
+        its.backward()
+        model.gradients = {name: x.grad for name, x in model.named_parameters() if x.grad is not None}
+    for name, gradient in stock.gradients.items():
+        assert relative_error(fused.gradients[flash_name(name)], gradient) < 1e-5, name
+    logits = fused.eval()(**inputs).logits  # whoever gives inputs may want all of these
+    assert seen["decoder"] == inputs["labels"].numel()
+    assert relative_error(logits, stock(**inputs).logits) < 1e-5
+
+
+def test_labels_tell_nothing_of_tokens_in_a_cache():
+    """As in training behind a prefix: the mask of the labels would not cover it."""
+    eager, fused = pair()
+    inputs, _ = masked("labels")
+    losses = []
+    for model in (eager, fused):
+        given = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        prefix = model(**given, decoder_input_ids=inputs["labels"][:, :1].clamp(min=0), use_cache=True).past_key_values
+        losses.append(model.train()(**inputs, past_key_values=prefix).loss.item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
 
 
 @pytest.mark.parametrize("position", sorted(KINDS))
