@@ -44,10 +44,11 @@ def loss_and_logits(
 
 
 def places_of_labels(labels: torch.Tensor) -> torch.Tensor | None:
-    """Int64 `[N]`, where in the flattened batch there are labels, so that the others cost nothing; None where unknown.
+    """Int64 `[N]`, where in the flattened batch there are labels, so that the others cost nothing.
 
-    It waits for the device, and so is best called where that is idle anyway.
+    None where that is everywhere, or unknown. It waits for the device, and so is best called where that is idle anyway.
     """
     if not (kernels_serve(labels.device) and host_may_look(labels.device)):
         return None
-    return (labels != -100).flatten().nonzero()[:, 0]
+    places = (labels != -100).flatten().nonzero()[:, 0]
+    return None if len(places) == labels.numel() else places

@@ -213,7 +213,7 @@ class FlashT5ForConditionalGeneration(FlashT5Generative):
         places = None
         if labels is not None:
             use_cache = bool(use_cache)
-            if self.training and attention_mask is not None:  # there may be padding, and the encoder will look for it
+            if self.training and decoder_cu_seqlens is None:  # a stream has no padding, and needs no look at anything
                 places = places_of_labels(labels)
         outputs = self.run(
             input_ids=input_ids,

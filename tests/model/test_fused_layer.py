@@ -12,10 +12,12 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 import fat5.model.layers_flash_t5
+import fat5.model.lm_head_flash_t5
 import fat5.model.modeling_flash_t5
 from fat5.model import fused_linear as fused_linear_module
 from fat5.model import recomputed_linear
 from fat5.model.norm_flash_t5 import FlashT5LayerNorm
+from fat5.model.ops_linear_cross_entropy import linear_cross_entropy
 
 SHAPE = {"num_layers": 1, "num_heads": 2, "vocab_size": 99}
 TOKENS = (4, 3, 2) if INTERPRETED else (61, 37, 3)
@@ -69,6 +71,29 @@ def assert_alike(model, inputs, kernels, limit=2e-5):
 @pytest.mark.parametrize("family", ["t5", "t5_v1_1"])
 def test_loss_and_gradients(family, kernels):
     assert_alike(build(family), inputs_of(), kernels)
+
+
+@needs_kernels
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("padding", ["right", "left", "none"])
+def test_the_loss_sees_labels_alone(padding, masked, kernels, monkeypatch):
+    """With a mask or without: from the head on nothing is computed for labels of -100."""
+    model, inputs, seen = build(), inputs_of(padding), []
+    if masked:
+        inputs["attention_mask"] = (inputs["input_ids"] != 0).long()
+    fused = linear_cross_entropy
+
+    def count(hidden_states, weight, labels, **options):
+        seen.append((hidden_states.shape[:-1].numel(), (labels != -100).sum()))
+        return fused(hidden_states, weight, labels, **options)
+
+    monkeypatch.setattr(fat5.model.lm_head_flash_t5, "linear_cross_entropy", count)
+    assert_alike(model, inputs, kernels)
+    inputs["labels"][inputs["labels"] == -100] = 5
+    assert_alike(model, inputs, kernels)
+    labels = inputs["labels"].numel()
+    assert seen[0][0] == seen[0][1] < labels
+    assert seen[1] == (labels, labels)
 
 
 @needs_kernels
