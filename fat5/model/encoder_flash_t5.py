@@ -1,5 +1,7 @@
 """The encoder of FlashT5 alone."""
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
@@ -32,8 +34,10 @@ class FlashT5EncoderModel(FlashT5PreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        **others: Any,
     ) -> BaseModelOutputWithPastAndCrossAttentions | tuple[torch.Tensor, ...]:
         """Last hidden state `[B, Le, D]` and the rest. Arguments as in `FlashT5EncoderDecoder.run`."""
+        self.refuse_others(others)
         states = self.embed(input_ids, inputs_embeds)
         segments = read_segments(
             "encoder", states.shape, attention_mask, encoder_segment_ids, encoder_cu_seqlens, encoder_max_length

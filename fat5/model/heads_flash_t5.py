@@ -112,6 +112,7 @@ class FlashT5ForSequenceClassification(FlashT5HeadedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        **others: Any,
     ) -> SequenceClassifierOutput | Seq2SeqSequenceClassifierOutput | tuple[torch.Tensor, ...]:
         """Logits `[B, num_labels]` and, given labels, the loss in fp32. Arguments as in `run`, and these:
 
@@ -123,6 +124,7 @@ class FlashT5ForSequenceClassification(FlashT5HeadedModel):
         Raises:
             ValueError: if a sequence has no end-of-sequence token.
         """
+        self.refuse_others(others)
         if input_ids is None:
             raise ValueError(
                 "Give `input_ids`: the head reads the state at the end-of-sequence token, found by its id."
@@ -166,12 +168,14 @@ class FlashT5ForTokenClassification(FlashT5HeadedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        **others: Any,
     ) -> TokenClassifierOutput | tuple[torch.Tensor, ...]:
         """Logits `[B, L, num_labels]` and, given labels, the loss in fp32. Arguments as in `run`, and these:
 
         Args:
             labels: int64 `[B, L]`, -100 where nothing is to be predicted.
         """
+        self.refuse_others(others)
         inputs = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -217,6 +221,7 @@ class FlashT5ForQuestionAnswering(FlashT5HeadedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        **others: Any,
     ) -> QuestionAnsweringModelOutput | Seq2SeqQuestionAnsweringModelOutput | tuple[torch.Tensor, ...]:
         """Logits of start and end, `[B, L]` each, and, given positions, the loss in fp32. Arguments as in `run`, and:
 
@@ -224,6 +229,7 @@ class FlashT5ForQuestionAnswering(FlashT5HeadedModel):
             start_positions: int64 `[B]`, first token of the answer; L or more where it is not in the sequence.
             end_positions: int64 `[B]`, its last token.
         """
+        self.refuse_others(others)
         inputs = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,

@@ -131,8 +131,10 @@ class FlashT5Model(FlashT5EncoderDecoder):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        **others: Any,
     ) -> Seq2SeqModelOutput | tuple[torch.Tensor, ...]:
         """Last hidden state `[B, Ld, D]` and the rest. Arguments as in `run`; `return_dict=False` for a tuple."""
+        self.refuse_others(others)
         output = self.run(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -196,6 +198,7 @@ class FlashT5ForConditionalGeneration(FlashT5Generative):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
+        **others: Any,
     ) -> Seq2SeqLMOutput | tuple[torch.Tensor, ...]:
         """Logits `[B, Ld, V]` in the model's dtype and, given labels, the loss in fp32.
 
@@ -210,6 +213,7 @@ class FlashT5ForConditionalGeneration(FlashT5Generative):
             num_items_in_batch: what the summed loss is divided by, as `Trainer` gives it under gradient
                 accumulation; None for the number of labels that are not -100.
         """
+        self.refuse_others(others)
         places = None
         if labels is not None:
             use_cache = bool(use_cache)

@@ -19,6 +19,11 @@ from .stack_flash_t5 import FlashT5Stack
 
 REPEATED_EMBEDDINGS = [r"^(en|de)coder\.embed_tokens\.weight$"]
 """Other tools' files may repeat the embedding, which is `shared` here, under these names."""
+OF_NO_EFFECT = (
+    *("cache_position", "position_ids", "num_items_in_batch"),  # of transformers: a T5 knows its places by itself
+    *("token_type_ids", "special_tokens_mask", "offset_mapping"),  # of tokenizers
+)
+"""Arguments that callers hand to every model, and that no T5 has a use for where `forward` does not name them."""
 
 
 class FlashT5PreTrainedModel(PreTrainedModel):
@@ -50,6 +55,16 @@ class FlashT5PreTrainedModel(PreTrainedModel):
                 "`decoder_input_ids` and `decoder_inputs_embeds`, or `labels`."
             )
         return self.shared(input_ids) if inputs_embeds is None else inputs_embeds
+
+    def refuse_others(self, arguments: dict[str, Any]) -> None:
+        """Look at what `forward` was given and does not name: stock T5 takes everything, whether it heeds it or not.
+
+        Raises:
+            TypeError: if there is a value, other than None, that a caller may expect to matter, and it would not.
+        """
+        others = [name for name, value in arguments.items() if value is not None and name not in OF_NO_EFFECT]
+        if others:
+            raise TypeError(f"{type(self).__name__} has no argument {', '.join(others)}: it would have no effect.")
 
     def get_input_embeddings(self) -> nn.Module:
         """The embedding that encoder and decoder share."""
