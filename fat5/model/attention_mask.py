@@ -33,6 +33,8 @@ class AttentionMask:
         key_mask: bool `[B, Lk]`, True for real keys; None when all are real.
         query_segments, key_segments: ints `[B, Lq]` and `[B, Lk]`, 0 for padding; a query attends only to keys
             of its own segment. Both or neither.
+        matrix: `[B|1, H|1, Lq|1, Lk]`, the user's own: bool, True where attention is allowed, or floats that are added
+            to the scores. It stands in for causality and `key_mask`.
         drawn: int64 `[L]`, rising: positions that stand in for 0, 1, 2, ... in self-attention without cached tokens;
             None where there are none.
         rotary: what turns queries and keys of self-attention; None without RoPE.
@@ -41,8 +43,8 @@ class AttentionMask:
             which is what the mask then describes; None where they come as they are attended to.
         implementation: of attention, that `prepare` was called for.
         layout: how the kernels see the batch; None where a matrix is needed. These are filled by `prepare`.
-        allowed: bool `[B|1, 1, Lq|1, Lk]`, True where attention is allowed; None when it is everywhere.
-        visible: bool `[B|1, 1, Lq|1, 1]`, False for queries that may attend to nothing; None when there are none.
+        allowed: bool `[B|1, H|1, Lq|1, Lk]`, True where attention is allowed; None when it is everywhere.
+        visible: bool `[B|1, H|1, Lq|1, 1]`, False for queries that may attend to nothing; None when there are none.
             These two are for implementations that need a matrix, and are filled by `build_dense`.
     """
 
@@ -55,6 +57,7 @@ class AttentionMask:
     key_mask: torch.Tensor | None = None
     query_segments: torch.Tensor | None = None
     key_segments: torch.Tensor | None = None
+    matrix: torch.Tensor | None = None
     drawn: torch.Tensor | None = None
     rotary: RotaryTables | None = None
     dense_bias: bool = False
@@ -126,7 +129,7 @@ class AttentionMask:
         Args:
             key_lengths: padding at the end may stay, and is told by the lengths of the rows.
         """
-        if isinstance(self.query_offset, torch.Tensor):
+        if isinstance(self.query_offset, torch.Tensor) or self.matrix is not None:
             return None
         if self.key_mask is None and self.key_segments is None:
             return KernelLayout()
@@ -164,7 +167,9 @@ class AttentionMask:
         if looks and key_mask is not None and key_mask.all():
             key_mask = None
         static_offset = isinstance(self.query_offset, torch.Tensor)
-        if self.causal and (static_offset or self.key_length > self.query_offset + 1):
+        if self.matrix is not None:
+            allowed = self.matrix.to(self.device) if self.matrix.dtype == torch.bool else None
+        elif self.causal and (static_offset or self.key_length > self.query_offset + 1):
             allowed = (self.key_positions[None, :] <= self.query_positions[:, None])[None, None]
         if key_mask is not None:
             real = key_mask[:, None, None, :].to(self.device)
@@ -175,7 +180,7 @@ class AttentionMask:
             same = (queries == keys) & (keys != 0)
             allowed = same if allowed is None else allowed & same
         self.allowed = allowed
-        if allowed is not None and (key_mask is not None or self.query_segments is not None):
+        if allowed is not None and any(x is not None for x in (key_mask, self.query_segments, self.matrix)):
             visible = allowed.any(dim=-1, keepdim=True)
             self.visible = None if looks and visible.all() else visible
         return self
@@ -190,6 +195,9 @@ class AttentionMask:
             dtype: that of the queries.
         """
         bias = None if bias is None else bias.to(dtype)
+        if self.matrix is not None and self.matrix.is_floating_point():
+            added = self.matrix.to(self.device, dtype)
+            bias = (added if bias is None else bias + added).clamp(min=torch.finfo(dtype).min)
         if self.allowed is not None:
             masked = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=self.device)
             bias = torch.where(self.allowed, torch.zeros_like(masked) if bias is None else bias, masked)

@@ -50,9 +50,10 @@ class FlashT5EncoderDecoder(FlashT5PreTrainedModel):
 
         Args:
             input_ids: int64 `[B, Le]`, or `inputs_embeds` `[B, Le, D]`, or `encoder_outputs` of an earlier call.
-            attention_mask: `[B, Le]`, non-zero for real tokens, on either side of the padding.
+            attention_mask: `[B, Le]`, non-zero for real tokens, on either side of the padding. Or a matrix, as
+                `matrix_mask` reads it, for attention of the encoder and to it.
             decoder_input_ids: int64 `[B, Ld]`, or `decoder_inputs_embeds` `[B, Ld, D]`.
-            decoder_attention_mask: `[B, past + Ld]`, non-zero for real tokens.
+            decoder_attention_mask: `[B, past + Ld]`, non-zero for real tokens, or a matrix.
             encoder_outputs: what the encoder returned, or a tuple of last hidden state, hidden states, attentions.
             past_key_values: cache of an earlier call, whose tokens come before these.
             inputs_embeds: see `input_ids`.

@@ -111,7 +111,7 @@ class FlashT5Generative(FlashT5EncoderDecoder, GenerationMixin):
     ) -> torch.Tensor | None:
         """Mask for a step with a static cache: as long as the cache, whose later part causality hides anyway.
 
-        `generate` calls this where it would build a 4-d mask, which FlashT5 does not take.
+        `generate` calls this where it would build a 4-d mask, for which FlashT5 would leave its kernels.
         """
         if attention_mask is None:
             return None

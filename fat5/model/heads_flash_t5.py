@@ -275,7 +275,7 @@ def last_end_of_sequence(
         ValueError: if a row has none, where looking does not break a graph.
     """
     ends = torch.isin(input_ids, torch.as_tensor(eos_token_id, device=input_ids.device))
-    if attention_mask is not None:
+    if attention_mask is not None and attention_mask.ndim == 2:  # a matrix does not say what is padding
         ends = ends & attention_mask.bool().to(ends.device)
     if host_may_look(ends.device) and not ends.any(1).all():
         raise ValueError(f"Every sequence must hold an end-of-sequence token (`eos_token_id` {eos_token_id}).")

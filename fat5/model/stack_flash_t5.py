@@ -68,10 +68,11 @@ class FlashT5Stack(nn.Module):
         Args:
             input_ids: int64 `[B, L]`, or
             inputs_embeds: `[B, L, D]`, exactly one of the two.
-            attention_mask: `[B, L]`, in a decoder with cache `[B, past + L]`; non-zero for real tokens.
+            attention_mask: `[B, L]`, in a decoder with cache `[B, past + L]`; non-zero for real tokens. Or a matrix, as
+                `matrix_mask` reads it.
             segments: the sequences packed in the rows.
             encoder_hidden_states: `[B, Le, D]`, with the two below in a decoder only.
-            encoder_attention_mask: `[B, Le]`.
+            encoder_attention_mask: `[B, Le]`, or a matrix.
             encoder_segments: those in the encoder's rows.
             past_key_values: cache to extend.
             use_cache: in a decoder, begin a cache if none is given.
@@ -96,13 +97,14 @@ class FlashT5Stack(nn.Module):
             past_key_values = EncoderDecoderCache(DynamicCache(), DynamicCache())
 
         implementation = "eager" if output_attentions else self.config._attn_implementation
-        cross = None
+        cross = cross_matrix = None
         if encoder_hidden_states is not None:
             encoder_length = encoder_hidden_states.shape[1]
             encoder_mask = key_mask(encoder_attention_mask, encoder_length)
             cross = Rows((encoder_hidden_states.shape[0], encoder_length), encoder_mask, encoder_segments)
+            cross_matrix = matrix_mask(encoder_attention_mask, inputs_embeds.shape[1], encoder_length)
         mask, cross_mask, packed = self._lay_out(
-            inputs_embeds, attention_mask, segments, cross, past_key_values, implementation
+            inputs_embeds, attention_mask, segments, cross, cross_matrix, past_key_values, implementation
         )
         if packed is not None:
             inputs_embeds = packed.queries.pack(inputs_embeds)
@@ -156,6 +158,7 @@ class FlashT5Stack(nn.Module):
         attention_mask: torch.Tensor | None,
         segments: Segments | None,
         cross: Rows | None,
+        cross_matrix: torch.Tensor | None,
         past_key_values: EncoderDecoderCache | None,
         implementation: str | None,
     ) -> tuple[AttentionMask, AttentionMask | None, PackedStack | None]:
@@ -166,7 +169,8 @@ class FlashT5Stack(nn.Module):
         mask.drawn = self._draw_positions(length, device, past_key_values)
         biased = config.position_encoding_type in ("t5", "ALiBi", "FIRE")
         mask.dense_bias = config.has_dense_bias or (biased and mask.drawn is not None)
-        if self.may_pack(device, dtype, implementation) and is_new(past_key_values):
+        of_keys = mask.matrix is None and cross_matrix is None
+        if of_keys and self.may_pack(device, dtype, implementation) and is_new(past_key_values):
             packed = pack_stack(Rows((batch, length), mask.key_mask, segments), cross, device)
         # of packed tokens the kernels take no matrix, and count distances between those that are there
         in_rows = packed is None or mask.dense_bias or (biased and not packed.queries.neighbours)
@@ -176,6 +180,7 @@ class FlashT5Stack(nn.Module):
         if packed is None:
             if cross is not None:
                 cross_mask = cross_attention_mask(length, cross, segments, device)
+                cross_mask.matrix = cross_matrix
                 cross_mask.prepare(implementation, dtype, config.d_kv)
         else:
             cross_mask = None if cross is None else packed.cross_attention()
@@ -248,6 +253,7 @@ class FlashT5Stack(nn.Module):
             key_mask=key_mask(attention_mask, key_length),
             query_segments=segment_ids,
             key_segments=segment_ids,
+            matrix=matrix_mask(attention_mask, length, key_length),
         )
 
 
@@ -268,12 +274,12 @@ def is_new(past_key_values: EncoderDecoderCache | None) -> bool:
 
 
 def key_mask(attention_mask: torch.Tensor | None, key_length: int) -> torch.Tensor | None:
-    """Bool `[B, Lk]` from the user's `[B, Lk]` of zeros and ones.
+    """Bool `[B, Lk]` from the user's `[B, Lk]` of zeros and ones; None where that is a matrix.
 
     Raises:
         ValueError: if the mask does not cover every key.
     """
-    if attention_mask is None:
+    if attention_mask is None or attention_mask.ndim == 4:
         return None
     if attention_mask.ndim != 2 or attention_mask.shape[1] != key_length:
         raise ValueError(
@@ -281,6 +287,28 @@ def key_mask(attention_mask: torch.Tensor | None, key_length: int) -> torch.Tens
             f"got {list(attention_mask.shape)}. For packed sequences give segment ids."
         )
     return attention_mask.bool()
+
+
+def matrix_mask(attention_mask: torch.Tensor | None, query_length: int, key_length: int) -> torch.Tensor | None:
+    """The user's own matrix `[B|1, H|1, Lq|1, Lk]`; None where the mask is one of keys, or missing.
+
+    As in stock T5 it says all of who sees whom, causality of a decoder included, and floats are added to the scores. It
+    needs attention that takes a matrix: on "fat5" too that is torch's.
+
+    Raises:
+        ValueError: if it does not fit queries and keys, or is neither bool nor floats.
+    """
+    if attention_mask is None or attention_mask.ndim != 4:
+        return None
+    fits = attention_mask.shape[2] in (1, query_length) and attention_mask.shape[3] == key_length
+    if not fits or not (attention_mask.dtype == torch.bool or attention_mask.is_floating_point()):
+        raise ValueError(
+            f"A 4-d attention mask must be bool, or floats to add to the scores, [batch or 1, heads or 1, "
+            f"{query_length} or 1, {key_length}], got {attention_mask.dtype} {list(attention_mask.shape)}. The "
+            "encoder's is read by cross-attention too: to give that another, run the encoder first and give "
+            "`encoder_outputs`."
+        )
+    return attention_mask
 
 
 def static_length(cache: Cache) -> int:
