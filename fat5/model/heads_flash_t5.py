@@ -19,7 +19,6 @@ from transformers.utils import ModelOutput
 from .attention_layout import host_may_look
 from .configuration_flash_t5 import FlashT5Config
 from .encoder_decoder_flash_t5 import FlashT5EncoderDecoder
-from .packed_inputs import shift_right
 from .pretrained_flash_t5 import REPEATED_EMBEDDINGS
 
 Outputs = BaseModelOutput | Seq2SeqModelOutput
@@ -40,6 +39,7 @@ class FlashT5HeadedModel(FlashT5EncoderDecoder):
     def __init__(self, config: FlashT5Config, has_decoder: bool) -> None:
         super().__init__(config, has_decoder)
         self.has_decoder = has_decoder
+        self.num_labels = config.num_labels
 
     def read(self, inputs: dict[str, Any], use_cache: bool | None = None) -> Outputs:
         """Run the stacks on the inputs of a head.
@@ -63,9 +63,7 @@ class FlashT5HeadedModel(FlashT5EncoderDecoder):
         if inputs["decoder_input_ids"] is None and inputs["decoder_inputs_embeds"] is None:
             if ids is None:
                 raise ValueError("Give `input_ids`, which the decoder reads too, or `decoder_input_ids`.")
-            inputs["decoder_input_ids"] = shift_right(
-                ids, None, self.config.decoder_start_token_id, self.config.pad_token_id
-            )
+            inputs["decoder_input_ids"] = self._shift_right(ids)
         return self.run(**inputs, use_cache=bool(use_cache))
 
     def finish(self, output: ModelOutput, return_dict: bool | None) -> Any:

@@ -13,6 +13,7 @@ from .attention import ATTENTION_FUNCTIONS
 from .configuration_flash_t5 import FlashT5Config
 from .flash_attention import FLASH_ATTENTION, why_not_flash
 from .norm_flash_t5 import FlashT5LayerNorm
+from .packed_inputs import shift_right
 from .position_fire import FirePositionBias
 from .runtime_files import copy_runtime_files
 from .stack_flash_t5 import FlashT5Stack
@@ -65,6 +66,15 @@ class FlashT5PreTrainedModel(PreTrainedModel):
         others = [name for name, value in arguments.items() if value is not None and name not in OF_NO_EFFECT]
         if others:
             raise TypeError(f"{type(self).__name__} has no argument {', '.join(others)}: it would have no effect.")
+
+    @property
+    def model_dim(self) -> int:
+        """Width of the hidden states, by the name that it has in stock T5."""
+        return self.config.d_model
+
+    def _shift_right(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Decoder inputs of labels `[B, L]`, by the name that scripts for stock T5 call."""
+        return shift_right(input_ids, None, self.config.decoder_start_token_id, self.config.pad_token_id)
 
     def get_input_embeddings(self) -> nn.Module:
         """The embedding that encoder and decoder share."""

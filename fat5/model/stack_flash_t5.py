@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+from transformers.modeling_utils import ModuleUtilsMixin
 
 from .attention_mask import AttentionMask, kernels_take
 from .configuration_flash_t5 import FlashT5Config
@@ -17,13 +18,13 @@ from .packed_stack import PackedStack, Rows, pack_stack
 from .position_rotary import RotaryTables, rotary_tables
 
 
-class FlashT5Stack(nn.Module):
-    """Encoder or decoder.
+class FlashT5Stack(nn.Module, ModuleUtilsMixin):
+    """Encoder or decoder, which says its `device` and `dtype` as models do.
 
     Args:
         config: the model's configuration.
-        embed: the model's embedding of `(input_ids, inputs_embeds)`, of which one is None. The stack owns no embedding:
-            there is one, under one name (`shared`), whatever replaces, resizes or wraps it.
+        embed: the model's method that embeds `(input_ids, inputs_embeds)`, of which one is None. The stack owns no
+            embedding: there is one, under one name (`shared`), whatever replaces, resizes or wraps it.
         is_decoder: causal, with cross-attention and cache.
     """
 
@@ -39,20 +40,30 @@ class FlashT5Stack(nn.Module):
         self.final_layer_norm = FlashT5LayerNorm(config.d_model, config.layer_norm_epsilon)
         self.dropout = nn.Dropout(config.dropout_rate)
 
+    @property
+    def embed_tokens(self) -> nn.Module:
+        """The model's embedding, by the name that it has in a stack of stock T5."""
+        method: Any = self.embed
+        return method.__self__.get_input_embeddings()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The model's embedding."""
+        return self.embed_tokens
+
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        segments: Segments | None = None,
         encoder_hidden_states: torch.Tensor | None = None,
         encoder_attention_mask: torch.Tensor | None = None,
-        encoder_segments: Segments | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         past_key_values: EncoderDecoderCache | None = None,
         use_cache: bool = False,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        segments: Segments | None = None,
+        encoder_segments: Segments | None = None,
     ) -> Any:
         """Run the stack.
 
@@ -66,19 +77,19 @@ class FlashT5Stack(nn.Module):
         computed in the rows as they came, and what comes of padding there is dropped.
 
         Args:
-            input_ids: int64 `[B, L]`, or
-            inputs_embeds: `[B, L, D]`, exactly one of the two.
+            input_ids: int64 `[B, L]`, or `inputs_embeds`.
             attention_mask: `[B, L]`, in a decoder with cache `[B, past + L]`; non-zero for real tokens. Or a matrix, as
                 `matrix_mask` reads it.
-            segments: the sequences packed in the rows.
-            encoder_hidden_states: `[B, Le, D]`, with the two below in a decoder only.
+            encoder_hidden_states: `[B, Le, D]`, in a decoder only, as all of the encoder.
             encoder_attention_mask: `[B, Le]`, or a matrix.
-            encoder_segments: those in the encoder's rows.
+            inputs_embeds: `[B, L, D]`.
             past_key_values: cache to extend.
             use_cache: in a decoder, begin a cache if none is given.
             output_attentions: return attention weights (computed by the eager implementation).
             output_hidden_states: return the input of every layer and the output of the last norm.
             return_dict: False for a tuple.
+            segments: the sequences packed in the rows.
+            encoder_segments: those in the encoder's rows.
 
         Returns:
             `BaseModelOutputWithPastAndCrossAttentions`, or its values that are not None as a tuple.
