@@ -23,6 +23,16 @@ from .stack_flash_t5 import static_length
 class FlashT5Generative(FlashT5EncoderDecoder, GenerationMixin):
     """Encoder and decoder that `generate` can call, once they have a head."""
 
+    def _prepare_generation_config(self, *args: Any, **kwargs: Any) -> tuple[GenerationConfig, dict[str, Any]]:
+        """As in `transformers`, but without `prefill_chunk_size`: the decoder's prompt is read in one call.
+
+        Reading it in chunks, `transformers` would cut the encoder's mask to the length of each as well.
+        """
+        prepare: Any = GenerationMixin._prepare_generation_config  # its `self` is annotated with a protocol
+        config, model_kwargs = prepare(self, *args, **kwargs)
+        config.prefill_chunk_size = None
+        return config, model_kwargs
+
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Inputs of one step of `generate`.
 

@@ -84,6 +84,18 @@ def test_decoder_deeper_than_encoder():
     assert torch.equal(model.generate(**inputs, cache_implementation="static"), expected)
 
 
+@pytest.mark.parametrize("cache", [{}, {"cache_implementation": "static"}])
+def test_a_prompt_is_read_whole_whatever_the_size_of_chunks(cache):
+    _, flash = build_pair("t5_v1_1")
+    inputs = batch("right", decoder_length=12)
+    prompt = {"decoder_input_ids": inputs["decoder_input_ids"], **cache}
+    expected = generate(flash, inputs, **prompt)
+    assert torch.equal(generate(flash, inputs, **prompt, prefill_chunk_size=4), expected)
+    flash.generation_config.prefill_chunk_size = 4
+    assert torch.equal(generate(flash, inputs, **prompt), expected)
+    assert flash.generation_config.prefill_chunk_size == 4
+
+
 def test_packed_rows_are_refused():
     _, flash = build_pair("t5")
     inputs = batch("none")
