@@ -1,6 +1,7 @@
 """What the pages show works: Python and console blocks run, commands that stand by themselves at least exist.
 
-`tests/model/test_model_docs.py` runs the pages about the model, under other releases of transformers too.
+Some have a test elsewhere (`RUN_ELSEWHERE`): pages about the model also run under other releases of transformers, and
+one needs a library that is installed for it.
 """
 
 import re
@@ -19,7 +20,11 @@ from fat5convert.convert import convert
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-RUN_ELSEWHERE = ("configuration.md", "fine-tuning.md")
+RUN_ELSEWHERE = {
+    "configuration.md": "model/test_model_docs.py",
+    "fine-tuning.md": "model/test_model_docs.py",
+    "embeddings.md": "model/test_other_libraries.py",
+}
 PROGRAMS: dict[str, click.Group] = {"fat5": fat5.cli.main, "fat5convert": fat5convert.cli.main}
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -49,7 +54,9 @@ def test_blocks_run(page, tmp_path, monkeypatch):
     blocks = re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
     assert {kind for kind, _ in blocks} <= {"python", "console"}, "what is not to run stands indented, without a fence"
     if page.name in RUN_ELSEWHERE:
-        pytest.skip("tests/model/test_model_docs.py runs it")
+        test = RUN_ELSEWHERE[page.name]
+        assert f'"{page.name}"' in (ROOT / "tests" / test).read_text()
+        pytest.skip(f"tests/{test} runs it")
     monkeypatch.chdir(tmp_path)
     if blocks:
         write_flan(Path("flan-t5-small"))

@@ -53,7 +53,8 @@ class FlashT5PreTrainedModel(PreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError(
                 "Give exactly one of `input_ids` and `inputs_embeds`, and to a model with a decoder exactly one of "
-                "`decoder_input_ids` and `decoder_inputs_embeds`, or `labels`."
+                "`decoder_input_ids` and `decoder_inputs_embeds`, or `labels`. The encoder alone is what "
+                "AutoModelForTextEncoding loads from the same repo, in place of AutoModel."
             )
         return self.shared(input_ids) if inputs_embeds is None else inputs_embeds
 

@@ -1,6 +1,7 @@
 """Libraries that load FlashT5 by `transformers`, installed for the test: sentence-transformers and bitsandbytes."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -28,10 +29,10 @@ def run(script: str, folder: Path, package: str, *complete: str) -> None:
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
 
+WITHOUT_FAT5 = "import sys; sys.modules['fat5'] = None\n"
+
 EMBED = """
-import sys
 import torch
-sys.modules["fat5"] = None  # not installed
 from sentence_transformers import SentenceTransformer
 
 expected = torch.load("expected.pt")
@@ -56,7 +57,21 @@ def test_sentence_transformers_load_the_encoder(tmp_path):
     with torch.no_grad():
         states = encoder(inputs["input_ids"], inputs["attention_mask"]).last_hidden_state
     torch.save({"texts": texts, "embeddings": (states * mask).sum(1) / mask.sum(1)}, tmp_path / "expected.pt")
-    run(EMBED, tmp_path, "sentence-transformers", "scikit-learn")
+    run(WITHOUT_FAT5 + EMBED, tmp_path, "sentence-transformers", "scikit-learn")
+
+
+COMPARE = """
+import numpy
+for embeddings in (embeddings, again):
+    numpy.testing.assert_allclose(embeddings, mean.numpy(), rtol=1e-4, atol=1e-5)
+"""
+
+
+def test_the_page_on_embeddings(tmp_path):
+    write_repo(tmp_path / "flan-t5-small-fat5")
+    page = (HERE.parents[1] / "docs" / "embeddings.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    run("".join([WITHOUT_FAT5, *blocks, COMPARE]), tmp_path, "sentence-transformers", "scikit-learn")
 
 
 QUANTISE = """

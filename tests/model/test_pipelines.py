@@ -115,6 +115,12 @@ def test_feature_extraction_where_only_an_encoder_is_saved(tmp_path):
     torch.testing.assert_close(torch.tensor(pipe(TEXTS[0])), expected)
 
 
+def test_feature_extraction_from_both_stacks_says_what_loads_the_encoder(tmp_path):
+    pipe, _, _ = build("feature-extraction", tmp_path, FlashT5ForConditionalGeneration)
+    with pytest.raises(ValueError, match="AutoModelForTextEncoding loads from the same repo"):
+        pipe(TEXTS)
+
+
 @torch.no_grad()
 def test_text2text_generation(tmp_path):
     pipe, model, tokenizer = build("text2text-generation", tmp_path, FlashT5ForConditionalGeneration)
