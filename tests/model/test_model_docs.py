@@ -33,13 +33,17 @@ def converted(tmp_path, monkeypatch):
 def test_fine_tuning(converted):
     variables = run_blocks("fine-tuning.md")
     assert variables["logits"].argmax() == 1  # learned
-    names = {type(variables[name]).__name__ for name in ("again", "tagger", "reader")}
+    assert variables["written"] == "film"
+    assert variables["loss"] < 0.1
+    names = {type(variables[name]).__name__ for name in ("again", "tagger", "reader", "writer", "encoder")}
     assert names == {
         "FlashT5ForSequenceClassification",
         "FlashT5ForTokenClassification",
         "FlashT5ForQuestionAnswering",
+        "FlashT5ForConditionalGeneration",
+        "FlashT5EncoderModel",
     }
-    for folder in ("classifier", "adapted"):
+    for folder in ("classifier", "adapted", "embedder"):
         assert (converted / folder / "modeling_flash_t5.py").exists()
 
 
