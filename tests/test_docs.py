@@ -1,7 +1,7 @@
 """What the pages show works: Python and console blocks run, commands that stand by themselves at least exist.
 
-Some have a test elsewhere (`RUN_ELSEWHERE`): pages about the model also run under other releases of transformers, and
-one needs a library that is installed for it.
+Some have a test elsewhere (`RUN_ELSEWHERE`): pages about the model also run under other releases of transformers, one
+page needs a library that is installed for it, and one a Hub.
 """
 
 import re
@@ -24,6 +24,7 @@ RUN_ELSEWHERE = {
     "configuration.md": "model/test_model_docs.py",
     "fine-tuning.md": "model/test_model_docs.py",
     "embeddings.md": "model/test_other_libraries.py",
+    "publishing.md": "hub/test_publishing_page.py",
 }
 PROGRAMS: dict[str, click.Group] = {"fat5": fat5.cli.main, "fat5convert": fat5convert.cli.main}
 

@@ -79,6 +79,10 @@ def run_card(repo: str) -> None:
     assert "inputs" in names
 
 
+def run_code(code: str) -> None:
+    exec(code, {})
+
+
 def save_and_push(repo: str, target: str, file: str) -> None:
     model = changed(repo)
     keep(model, file)
@@ -213,6 +217,7 @@ ACTIONS = {
     for action in (
         check,
         run_card,
+        run_code,
         save_and_push,
         train_and_push,
         train_pushing_every_save,
