@@ -1,8 +1,7 @@
 """The peer's tests: those that transformers runs on every model of its own, run on ours.
 
-They come with the source distribution of the installed release, which is fetched when the test runs. Its tests of
-`generate` are not in there, and so are not run: test_model_generate.py and test_generate_outputs.py compare that with
-stock T5.
+They come with the source distribution of the installed release, which is fetched when the test runs. Those of
+`generate` are not in there: `peer_skips.py` says what else is not, and what is skipped, with reasons.
 """
 
 import os
@@ -15,15 +14,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from peer_skips import BY_THE_SUITE, LISTED
+from peer_skips import BY_THE_SUITE, LISTED, NOT_DISTRIBUTED
 
 HERE = Path(__file__).parent
-FIELDS = {"return_dict": False, "output_hidden_states": True, "dtype": "float16", "problem_type": "regression"}
-MISSING = {  # what the suite imports of files that the distribution leaves out
-    "exporters/test_export.py": "class ExportTesterMixin:\n    pass\n",
-    "generation/test_utils.py": "class GenerationTesterMixin:\n    pass\n",
-    "utils/test_configuration_utils.py": f"config_common_kwargs = {FIELDS}\n",
-}
 
 pytestmark = pytest.mark.versions
 
@@ -52,7 +45,7 @@ def suite(tmp_path_factory) -> Path:
                 member.name = inside
                 distribution.extract(member, folder, filter="data")
     (folder / "tests" / "__init__.py").touch()
-    for name, text in MISSING.items():
+    for name, text in NOT_DISTRIBUTED.items():
         file = folder / "tests" / name
         assert not file.exists(), f"{release} has {name}: use it"
         file.parent.mkdir(exist_ok=True)
