@@ -104,6 +104,16 @@ def test_rows_without_any_key_give_no_nan(implementation):
         assert flash.encoder(inputs()["input_ids"], mask).last_hidden_state.isfinite().all()
 
 
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_rows_without_any_key_give_what_a_row_of_padding_does(implementation):
+    _, flash = build_pair("t5_v1_1", implementation)
+    ids = inputs()["input_ids"]
+    keys = torch.ones(3, 11, dtype=torch.bool)
+    keys[1] = False
+    expected = flash.encoder(ids, keys).last_hidden_state
+    torch.testing.assert_close(flash.encoder(ids, keys[:, None, None]).last_hidden_state, expected)
+
+
 def test_a_matrix_leaves_the_kernels_and_their_packing(monkeypatch):
     monkeypatch.setattr(fat5.model.attention_mask, "kernels_serve", lambda _: True)
     stock, eager = build_pair("t5_v1_1", "eager")
