@@ -45,6 +45,7 @@ class FlashT5EncoderDecoder(FlashT5PreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         labels: torch.Tensor | None = None,
+        loss_alone: bool = False,
     ) -> Seq2SeqModelOutput:
         """Encode, unless `encoder_outputs` are given, and decode.
 
@@ -72,7 +73,8 @@ class FlashT5EncoderDecoder(FlashT5PreTrainedModel):
             output_hidden_states: return all hidden states. Here as in the last one, what is padding has no meaning: on
                 the kernels, which do not compute it, it is zero.
             labels: int64 `[B, Ld]`, from which decoder inputs are made where there are none; -100 behind the last label
-                of a row is padding, in training beside given decoder inputs too, unless they come with a mask.
+                of a row is padding, of given decoder inputs too without a mask, if nobody sees what comes of them.
+            loss_alone: the caller makes a loss of the last hidden states, and does not show them.
 
         Raises:
             ValueError: if inputs are missing or contradict each other; the message says which.
@@ -104,8 +106,8 @@ class FlashT5EncoderDecoder(FlashT5PreTrainedModel):
                 ids = None if decoder_segments is None else decoder_segments.ids
                 start, pad = self.config.decoder_start_token_id, self.config.pad_token_id
                 decoder_input_ids = shift_right(labels, ids, start, pad)
-            # given inputs may be wanted behind the last label, but in training nobody sees what comes of them
-            if (shifts or self.training) and decoder_attention_mask is None and decoder_segments is None:
+            unseen = loss_alone and not (use_cache or self._shows(output_attentions, output_hidden_states))
+            if (shifts or unseen) and decoder_attention_mask is None and decoder_segments is None:
                 decoder_attention_mask = self._mask_of_labels(labels, target, past_key_values, embeds)
         outputs = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
         if encoded is None:
@@ -134,6 +136,13 @@ class FlashT5EncoderDecoder(FlashT5PreTrainedModel):
             encoder_hidden_states=encoded.hidden_states,
             encoder_attentions=encoded.attentions,
         )
+
+    def _shows(self, output_attentions: bool | None, output_hidden_states: bool | None) -> bool:
+        """Whether more than the last hidden states is returned."""
+        config = self.config
+        attentions = config.output_attentions if output_attentions is None else output_attentions
+        states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        return bool(attentions or states)
 
     def _mask_of_labels(
         self,

@@ -20,7 +20,7 @@ from .heads_flash_t5 import (
     FlashT5ForTokenClassification,
 )
 from .layers_flash_t5 import FlashT5Block
-from .lm_head_flash_t5 import loss_and_logits, places_of_labels
+from .lm_head_flash_t5 import does_without_logits, loss_and_logits, places_of_labels
 from .packed_inputs import shift_right
 from .position_encoding import RelativePositionBias
 from .pretrained_flash_t5 import REPEATED_EMBEDDINGS, FlashT5PreTrainedModel
@@ -238,6 +238,7 @@ class FlashT5ForConditionalGeneration(FlashT5Generative):
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             labels=labels,
+            loss_alone=labels is not None and does_without_logits(self.lm_head, labels.device, self.training),
         )
         hidden_states: Any = outputs.last_hidden_state
         scale = self.config.d_model**-0.5 if self.config.scale_decoder_outputs else 1.0

@@ -74,14 +74,19 @@ def check_options(
     labels: torch.Tensor, shape: torch.Size, z_loss: float, label_smoothing: float, reduction: str
 ) -> None:
     """Refuse what would be computed wrongly."""
-    if labels.shape != shape or labels.is_floating_point():
-        raise ValueError(
-            f"labels must be ints {list(shape)}, one for each row: got {labels.dtype} {list(labels.shape)}"
-        )
+    check_labels(labels, shape)
     if not 0 <= label_smoothing < 1 or z_loss < 0:
         raise ValueError(f"need 0 <= label_smoothing < 1 and z_loss >= 0: got {label_smoothing}, {z_loss}")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none': got {reduction!r}")
+
+
+def check_labels(labels: torch.Tensor, shape: torch.Size) -> None:
+    """Refuse labels that are not one for each row."""
+    if labels.shape != shape or labels.is_floating_point():
+        raise ValueError(
+            f"labels must be ints {list(shape)}, one for each row: got {labels.dtype} {list(labels.shape)}"
+        )
 
 
 def reduce(

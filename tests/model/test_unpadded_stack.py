@@ -11,6 +11,7 @@ from model_parity import batch, build_flash, build_stock, flash_name, gradient_s
 from position_kinds import KINDS, kind_model
 
 import fat5.model.attention_mask
+import fat5.model.lm_head_flash_t5
 import fat5.model.packed_stack
 from fat5.model import FlashT5EncoderModel
 from fat5.model.attention import ATTENTION_FUNCTIONS, sdpa_attention
@@ -133,8 +134,9 @@ def test_a_stack_without_padding_computes_the_same(family, kind):
 
 
 @pytest.mark.parametrize("form", ["decoder_input_ids", "decoder_inputs_embeds"])
-def test_labels_tell_padding_beside_decoder_inputs_in_training(form):
+def test_labels_tell_padding_beside_decoder_inputs_in_training(form, monkeypatch):
     """As `DataCollatorForSeq2Seq(model=model)` gives both, made from the labels, and no mask. Stock is the oracle."""
+    monkeypatch.setattr(fat5.model.lm_head_flash_t5, "kernels_serve", lambda _: True)
     stock = build_stock("t5")
     fused = build_flash("t5", stock, "fat5").train()
     inputs, real = masked("labels")
@@ -153,6 +155,37 @@ def test_labels_tell_padding_beside_decoder_inputs_in_training(form):
     logits = fused.eval()(**inputs).logits  # whoever gives inputs may want all of these
     assert seen["decoder"] == inputs["labels"].numel()
     assert relative_error(logits, stock(**inputs).logits) < 1e-5
+
+
+@pytest.mark.parametrize("shown", ["logits", "output_hidden_states", "output_attentions"])
+def test_labels_tell_nothing_of_given_inputs_that_are_shown(shown, monkeypatch):
+    """In training, too: an adapted head returns logits, and states are asked for."""
+    monkeypatch.setattr(fat5.model.lm_head_flash_t5, "kernels_serve", lambda _: True)
+    stock = build_stock("t5")
+    fused = build_flash("t5", stock, "fat5").train()
+    inputs, _ = masked("labels")
+    inputs["decoder_input_ids"] = stock.prepare_decoder_input_ids_from_labels(inputs["labels"])
+    more = {"output_hidden_states": True}
+    if shown == "logits":
+        fused.lm_head, more = torch.nn.Sequential(fused.lm_head), {}
+    elif shown == "output_attentions":
+        more[shown] = True
+    got, expected = fused(**inputs, **more), stock(**inputs, **more)
+    if shown == "logits":
+        assert relative_error(got.logits, expected.logits) < 1e-5
+    else:
+        assert relative_error(got.decoder_hidden_states[-1], expected.decoder_hidden_states[-1]) < 1e-5
+
+
+@pytest.mark.parametrize("inputs", [3, 7])
+def test_labels_that_do_not_fit_the_decoder_s_inputs_are_refused(inputs, monkeypatch):
+    """As behind a soft prompt that the labels know nothing of: places counted in them would be others' places."""
+    monkeypatch.setattr(fat5.model.lm_head_flash_t5, "kernels_serve", lambda _: True)
+    _, fused = pair()
+    labels = torch.randint(2, 99, (2, 5))
+    labels[0, -1] = -100
+    with pytest.raises(ValueError, match=rf"labels must be ints \[2, {inputs}\]"):
+        fused.train()(input_ids=labels.clamp(min=2), decoder_input_ids=torch.randint(2, 99, (2, inputs)), labels=labels)
 
 
 def test_labels_tell_nothing_of_tokens_in_a_cache():
