@@ -53,5 +53,5 @@ class AlibiPositionBias(nn.Module):
         return bias[None]
 
     def slopes(self, device: torch.device) -> torch.Tensor:
-        """Slopes fp32 `[H]` of symmetric heads."""
-        return alibi_slopes(self.num_heads, device)
+        """Slopes fp32 `[H]` of symmetric heads. A view, as reentrant checkpointing marks what a layer returns."""
+        return alibi_slopes(self.num_heads, device).detach()

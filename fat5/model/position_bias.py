@@ -41,5 +41,5 @@ def kernel_bias(
     if bias.ndim == 4:
         return DenseBias(bias)
     if config.position_encoding_type == "ALiBi":
-        return AlibiBias(bias)
+        return AlibiBias(bias.detach())  # reentrant checkpointing has marked it as if it learnt
     return T5Bias(bias, bidirectional=not causal, max_distance=config.relative_attention_max_distance)

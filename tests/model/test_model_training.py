@@ -4,9 +4,11 @@ import pytest
 import torch
 from model_parity import FAMILIES, SHAPE, batch, build_pair, relative_error
 from peft import LoraConfig, get_peft_model
+from position_kinds import KINDS, kind_model
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
+import fat5.model.attention_mask
 from fat5.model import FlashT5Config, FlashT5EncoderModel, FlashT5ForConditionalGeneration, FlashT5Model
 from fat5.model.attention import eager_attention
 
@@ -14,7 +16,7 @@ from fat5.model.attention import eager_attention
 def gradients(model, inputs):
     model.zero_grad()
     model(**inputs).loss.backward()
-    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
@@ -34,6 +36,21 @@ def test_gradient_checkpointing_changes_nothing(family, reentrant, implementatio
     assert len(calls) == 2, "the block was not recomputed"
     for name, gradient in expected.items():
         assert relative_error(actual[name], gradient) < 1e-5, name
+
+
+@pytest.mark.parametrize("position", sorted(KINDS))
+def test_reentrant_checkpointing_leaves_no_mark_on_what_models_share(position, monkeypatch):
+    """It marks what a layer hands on as learning: ALiBi's slopes, say, which lie ready for every model."""
+    monkeypatch.setattr(fat5.model.attention_mask, "kernels_serve", lambda _: True)
+    inputs = batch("right")
+    model = kind_model(position, "fat5").train()
+    expected = gradients(model, inputs)
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    model.enable_input_require_grads()
+    for name, gradient in gradients(model, inputs).items():
+        if not name.endswith("mlp.2.bias"):  # whose gradient is zero: it shifts all scores
+            assert relative_error(gradient, expected[name]) < 1e-5, name
+    kind_model(position, "fat5").eval()(**inputs)
 
 
 def test_loss_over_accumulated_batches_is_that_of_one_batch():
