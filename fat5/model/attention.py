@@ -136,7 +136,9 @@ class FlashT5Attention(nn.Module):
             if bias is None:
                 bias = mask.additive(self._dense_bias(mask), query.dtype)
             implementation = "eager" if output_attentions else mask.implementation
-            if implementation == "fat5" and dropout == 0 and decode_attention_serves(query, key, bias):
+            # which takes the least finite number for a hidden key; the user's own floats hide none, as in stock T5
+            may_hide = mask.matrix is None or mask.matrix.dtype == torch.bool
+            if implementation == "fat5" and dropout == 0 and may_hide and decode_attention_serves(query, key, bias):
                 output = decode_attention(query, key, value, bias, self.scale)
             else:
                 output, weights = ATTENTION_FUNCTIONS[implementation](query, key, value, bias, self.scale, dropout)

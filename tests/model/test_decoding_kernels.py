@@ -111,6 +111,21 @@ def test_steps_are_as_accurate_as_without(family, padding, static, kernels):
 
 
 @needs_kernels
+@torch.no_grad()
+def test_a_row_of_least_numbers_hides_nothing(kernels):
+    """In the user's own matrix: as in stock T5 it adds as much to every score."""
+    model, inputs = build("t5_v1_1"), inputs_of("none")
+    given = {"encoder_outputs": model.encoder(inputs["input_ids"]), "decoder_input_ids": inputs["decoder_input_ids"]}
+    given["decoder_input_ids"] = given["decoder_input_ids"][:, :1]
+    given["attention_mask"] = torch.zeros(*inputs["input_ids"].shape, device=DEVICE)[:, None, None]
+    given["attention_mask"][1] = torch.finfo(torch.float32).min
+    kernels(False)
+    expected = model(**given).logits
+    kernels(True)
+    assert relative_error(model(**given).logits, expected) < 1e-4
+
+
+@needs_kernels
 def test_adapters_and_hooks_are_called(kernels):
     kernels(True)
     model, inputs = build("t5_v1_1").bfloat16(), inputs_of("none")
