@@ -40,6 +40,12 @@ class FlashT5Stack(nn.Module, ModuleUtilsMixin):
         self.final_layer_norm = FlashT5LayerNorm(config.d_model, config.layer_norm_epsilon)
         self.dropout = nn.Dropout(config.dropout_rate)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As of any module; an embedding of its own, which a stack of stock T5 may get, would have no effect."""
+        if name == "embed_tokens":
+            raise AttributeError("The stacks share the model's embedding: call its `set_input_embeddings` instead.")
+        super().__setattr__(name, value)
+
     @property
     def embed_tokens(self) -> nn.Module:
         """The model's embedding, by the name that it has in a stack of stock T5."""

@@ -33,6 +33,8 @@ def test_stacks_follow_the_embedding_and_do_not_own_it():
     ids = torch.randint(2, 99, (2, 5))
     embedded = flash.encoder(inputs_embeds=flash.encoder.embed_tokens(ids)).last_hidden_state
     assert torch.equal(embedded, flash.encoder(ids).last_hidden_state)
+    with pytest.raises(AttributeError, match="set_input_embeddings"):
+        flash.encoder.embed_tokens = torch.nn.Embedding(120, 8)
 
 
 def test_a_stack_takes_its_inputs_in_the_order_of_stock():
