@@ -133,14 +133,18 @@ def test_a_stack_without_padding_computes_the_same(family, kind):
     assert_as_exact(grads, expected_grads, eager, inputs)
 
 
-@pytest.mark.parametrize("form", ["decoder_input_ids", "decoder_inputs_embeds"])
-def test_labels_tell_padding_beside_decoder_inputs_in_training(form, monkeypatch):
-    """As `DataCollatorForSeq2Seq(model=model)` gives both, made from the labels, and no mask. Stock is the oracle."""
+def beside_decoder_inputs(monkeypatch):
+    """Stock, a model in training whose loss is fused, and what `DataCollatorForSeq2Seq(model=model)` gives."""
     monkeypatch.setattr(fat5.model.lm_head_flash_t5, "kernels_serve", lambda _: True)
     stock = build_stock("t5")
-    fused = build_flash("t5", stock, "fat5").train()
     inputs, real = masked("labels")
     inputs["decoder_input_ids"] = stock.prepare_decoder_input_ids_from_labels(inputs["labels"])
+    return stock, build_flash("t5", stock, "fat5").train(), inputs, real
+
+
+@pytest.mark.parametrize("form", ["decoder_input_ids", "decoder_inputs_embeds"])
+def test_labels_tell_padding_beside_decoder_inputs_in_training(form, monkeypatch):
+    stock, fused, inputs, real = beside_decoder_inputs(monkeypatch)
     if form == "decoder_inputs_embeds":
         inputs[form] = stock.shared(inputs.pop("decoder_input_ids")).detach()
     seen = tokens_of(fused)
@@ -160,11 +164,7 @@ def test_labels_tell_padding_beside_decoder_inputs_in_training(form, monkeypatch
 @pytest.mark.parametrize("shown", ["logits", "output_hidden_states", "output_attentions"])
 def test_labels_tell_nothing_of_given_inputs_that_are_shown(shown, monkeypatch):
     """In training, too: an adapted head returns logits, and states are asked for."""
-    monkeypatch.setattr(fat5.model.lm_head_flash_t5, "kernels_serve", lambda _: True)
-    stock = build_stock("t5")
-    fused = build_flash("t5", stock, "fat5").train()
-    inputs, _ = masked("labels")
-    inputs["decoder_input_ids"] = stock.prepare_decoder_input_ids_from_labels(inputs["labels"])
+    stock, fused, inputs, _ = beside_decoder_inputs(monkeypatch)
     more = {"output_hidden_states": True}
     if shown == "logits":
         fused.lm_head, more = torch.nn.Sequential(fused.lm_head), {}
