@@ -89,7 +89,8 @@ FORWARD_SM90_CAUSAL = {
 FORWARD_SM90_LONG = ForwardConfig(128, 128, 4, 2, groups=2)
 SHORT_SM90 = 4096  # up to so many keys, T5's bias of 64 wide heads is faster in the portable kernel
 
-# (kernel, bytes per element, padded head width up to) -> configuration
+# (kernel, bytes per element, padded head width up to) -> configuration; on sm_90, of these, 16 queries by 64 keys with
+# heads of 128 address shared memory that is not theirs (Triton 3.6; the same kernel in sm_80's instructions does not)
 BACKWARD_PORTABLE = {
     ("keys", 2, 64): BackwardConfig(32, 128, 8, 1),
     ("keys", 2, 128): BackwardConfig(16, 64, 4, 1),
