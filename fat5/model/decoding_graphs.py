@@ -30,6 +30,9 @@ PLAIN_CODE = ("torch.nn.modules.", "transformers.activations")
 """Where the modules are from whose calls depend on nothing but their weights and input."""
 PLAIN = (int, float, str)
 
+STATIC_CACHES_COUNT = hasattr(StaticLayer(max_cache_len=1), "cumulative_length")
+"""Whether they count their tokens on the device, as in transformers 5, and not in Python."""
+
 Facts = tuple[Any, ...]
 
 _lock = threading.Lock()  # of all models: a capture is disturbed by what others free or wait for
@@ -39,13 +42,14 @@ class DecodingGraphs:
     """The steps of a model that were captured last, as CUDA graphs.
 
     A step of new shapes runs as it is, by the kernels of a graph, which are compiled by that; the next one is captured.
-    A graph serves only where the cache lies that it was captured with. So the cache of the next call of `generate` with
-    these shapes is moved to memory that is kept for that, and so are later ones, unless the last is still in use.
+    A graph serves only where the cache lies that it was captured with. So the cache is moved before to memory that is
+    kept for that, and so are those of later calls of `generate`, unless the last is still in use.
     """
 
     def __init__(self) -> None:
         self._state: Facts | None = None
         self._room: MutableMapping[EncoderDecoderCache, int] = weakref.WeakKeyDictionary()  # tokens that graphs may add
+        self._expected: MutableMapping[EncoderDecoderCache, Facts] = weakref.WeakKeyDictionary()  # the model's states
         self._graphs: OrderedDict[Facts, OrderedDict[Facts, _CapturedStep]] = OrderedDict()  # by shapes, then places
         self._pool: Any = None  # of what graphs compute in between, one after the other
         self._stream: Any = None  # on which they are captured
@@ -57,6 +61,15 @@ class DecodingGraphs:
         """Look whether the model has changed before the next step, even if its cache is not new."""
         with _lock:
             self._room.clear()
+
+    def expect(self, cache: EncoderDecoderCache, state: Facts) -> None:
+        """Take over a new cache whose steps are to be by graphs of a model in this state."""
+        with _lock:
+            self._expected[cache] = state
+
+    def expects(self, cache: Any) -> bool:
+        """Whether the cache was taken over and has had no step yet."""
+        return type(cache) is EncoderDecoderCache and cache in self._expected
 
     def step(self, model: nn.Module, otherwise: Callable[..., Any], **inputs: Any) -> Any:
         """The model's output for a step of `generate`; what cannot be captured is left to `otherwise`."""
@@ -70,7 +83,7 @@ class DecodingGraphs:
     def _step(self, model: nn.Module, inputs: dict[str, Any], shapes: Facts) -> Any:
         cache = inputs["past_key_values"]
         if cache not in self._room:
-            self._begin(model, cache, shapes)
+            self._begin(model, cache)
         if self._room[cache] == 0:  # a full cache is to say so itself
             return None
         self._room[cache] -= 1
@@ -81,6 +94,10 @@ class DecodingGraphs:
             return output
         self._graphs.move_to_end(shapes)
         places = tuple(places_of(cache))
+        is_lasting = getattr(cache, "_is_user_defined", False)  # and so where its owner may know it to be
+        if places not in self._graphs[shapes] and not is_lasting:
+            self._move(cache)
+            places = tuple(places_of(cache))
         if places not in self._graphs[shapes]:
             self._make_room(self._graphs[shapes], MOST_GRAPHS)
             try:
@@ -92,9 +109,9 @@ class DecodingGraphs:
         self._graphs[shapes].move_to_end(places)
         return self._graphs[shapes][places].replay(inputs)
 
-    def _begin(self, model: nn.Module, cache: EncoderDecoderCache, shapes: Facts) -> None:
+    def _begin(self, model: nn.Module, cache: EncoderDecoderCache) -> None:
         """Look at the model and the cache. What was captured is forgotten if the model has changed since."""
-        state = state_of(model)
+        state = self._expected.pop(cache, None) or state_of(model)
         if state is None:  # for now: what was captured may serve again
             self._room[cache] = 0
             return
@@ -104,9 +121,6 @@ class DecodingGraphs:
         self._state = state
         own = layers_of(cache)[0]
         self._room[cache] = own.max_cache_len - int(own.cumulative_length)
-        is_lasting = getattr(cache, "_is_user_defined", False)  # and so where its owner may know it to be
-        if shapes in self._graphs and not is_lasting and tuple(places_of(cache)) not in self._graphs[shapes]:
-            self._move(cache)
 
     def _move(self, cache: EncoderDecoderCache) -> None:
         """Have the cache lie in the memory that is kept, unless it is large, or another one lies there."""
@@ -270,8 +284,7 @@ def is_plain_cache(cache: Any) -> bool:
     """Whether a cache is static, no more than that, allocated, and counts its tokens, as in transformers 5."""
     if type(cache) is not StaticCache or cache.offloading:
         return False
-    plain = all(type(layer) is StaticLayer and layer.is_initialized for layer in cache.layers)
-    return plain and hasattr(cache.layers[0], "cumulative_length")
+    return STATIC_CACHES_COUNT and all(type(layer) is StaticLayer and layer.is_initialized for layer in cache.layers)
 
 
 def layers_of(cache: EncoderDecoderCache) -> list[Any]:

@@ -1,5 +1,6 @@
 """What `generate` of `transformers` asks of FlashT5: the inputs, the caches and the calls of its steps."""
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -15,9 +16,13 @@ from transformers import (
 )
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
-from .decoding_graphs import DecodingGraphs, is_plain_cache
+from .decoding_graphs import MOST_BYTES, STATIC_CACHES_COUNT, DecodingGraphs, is_plain_cache, state_of
 from .encoder_decoder_flash_t5 import FlashT5EncoderDecoder
+from .ops_operator import is_watched
 from .stack_flash_t5 import static_length
+
+SEARCHES = ("greedy_search", "sample", "beam_search", "beam_sample")
+FEW_TOKENS = 4  # the first and, of new shapes, the second are not by a graph, and to capture one takes as long as two
 
 
 class FlashT5Generative(FlashT5EncoderDecoder, GenerationMixin):
@@ -32,6 +37,50 @@ class FlashT5Generative(FlashT5EncoderDecoder, GenerationMixin):
         config, model_kwargs = prepare(self, *args, **kwargs)
         config.prefill_chunk_size = None
         return config, model_kwargs
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> Any:
+        """As in `transformers`, but if nobody asks for a kind of cache, it is static where graphs can serve the steps.
+
+        Not what is returned, and no cache of a size that graphs would not keep.
+        """
+        state = None
+        if generation_mode in SEARCHES and max_cache_length >= FEW_TOKENS:
+            rows = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
+            if self._may_choose_cache(generation_config, model_kwargs, rows, max_cache_length):
+                state = state_of(self)
+        if state is not None:
+            generation_config = copy.copy(generation_config)
+            generation_config.cache_implementation = "static"
+        prepare: Any = GenerationMixin._prepare_cache_for_generation
+        prepare(self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
+        if state is not None:
+            self._graphs.expect(model_kwargs["past_key_values"], state)
+
+    def _may_choose_cache(self, asked: GenerationConfig, given: dict[str, Any], rows: int, length: int) -> bool:
+        """Whether `generate` leaves the kind of cache open, and a static one for `rows` would be of a fair size."""
+        if not STATIC_CACHES_COUNT or is_watched():
+            return False
+        if given.keys() - {"attention_mask", "use_cache"} != {"encoder_outputs"}:
+            return False
+        if asked.cache_implementation is not None or asked.use_cache is False:
+            return False
+        if asked.disable_compile or not asks_for_nothing_special(asked.compile_config):
+            return False
+        if asked.return_dict_in_generate or asked.is_assistant or not self._reorders_in_place():
+            return False
+        encoded = getattr(given["encoder_outputs"], "last_hidden_state", None)
+        if encoded is None:
+            return False
+        tokens = rows * (length + encoded.shape[1])
+        width = self.config.num_heads * self.config.d_kv
+        return 2 * tokens * self.config.num_decoder_layers * width * self.dtype.itemsize <= MOST_BYTES
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Inputs of one step of `generate`.
@@ -69,6 +118,26 @@ class FlashT5Generative(FlashT5EncoderDecoder, GenerationMixin):
             return compiled(compile_config)
         return self._step_by_graphs(lambda **inputs: compiled(compile_config)(**inputs))
 
+    def _sample(
+        self,
+        input_ids: torch.Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        """Greedy search and sampling, whose steps are by graphs where nobody asked for a kind of cache."""
+        model: Any = self
+        if self._graphs.expects(model_kwargs.get("past_key_values")):
+            model = _SteppedModel(self, self._step_by_graphs(model))
+        search: Any = GenerationMixin._sample
+        return search(
+            model, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer,
+            **model_kwargs,
+        )  # fmt: skip
+
     def _beam_search(
         self,
         input_ids: torch.Tensor,
@@ -85,7 +154,7 @@ class FlashT5Generative(FlashT5EncoderDecoder, GenerationMixin):
         model: Any = self
         is_static = getattr(model_kwargs.get("past_key_values"), "is_compileable", False)
         may = asks_for_nothing_special(generation_config.compile_config) and not generation_config.disable_compile
-        if is_static and may and self._reorder_cache is FlashT5Generative._reorder_cache:
+        if is_static and may and self._reorders_in_place():
             model = _SteppedModel(self, self._step_by_graphs(model))
         search: Any = GenerationMixin._beam_search
         return search(
@@ -94,9 +163,16 @@ class FlashT5Generative(FlashT5EncoderDecoder, GenerationMixin):
 
     def _step_by_graphs(self, otherwise: Callable[..., Any]) -> Callable[..., Any]:
         model: Any = self
+        self._graphs.look_again()
+        return partial(self._graphs.step, model, otherwise)
+
+    @property
+    def _graphs(self) -> DecodingGraphs:
         graphs: DecodingGraphs = vars(self).setdefault("_decoding_graphs", DecodingGraphs())
-        graphs.look_again()
-        return partial(graphs.step, model, otherwise)
+        return graphs
+
+    def _reorders_in_place(self) -> bool:
+        return self._reorder_cache is FlashT5Generative._reorder_cache
 
     @staticmethod
     def _reorder_cache(past_key_values: EncoderDecoderCache, beam_idx: torch.LongTensor) -> EncoderDecoderCache:
@@ -137,7 +213,7 @@ def asks_for_nothing_special(compile_config: CompileConfig | None) -> bool:
 
 
 class _SteppedModel:
-    """A model as a search sees it that is to call its steps otherwise; all else is the model's."""
+    """A model as a search sees it that is to call its steps otherwise, and not to compile; all else is the model's."""
 
     def __init__(self, model: Any, step: Callable[..., Any]) -> None:
         self._model, self._step = model, step
@@ -147,3 +223,6 @@ class _SteppedModel:
 
     def __call__(self, **inputs: Any) -> Any:
         return self._step(**inputs)
+
+    def _valid_auto_compile_criteria(self, *_: Any) -> bool:
+        return False

@@ -30,7 +30,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CompileConfig
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache, StaticCache
 
-from fat5.model import decoding_graphs
+from fat5.model import FlashT5ForConditionalGeneration, decoding_graphs, generation_flash_t5
+from fat5.model.generation_flash_t5 import FEW_TOKENS
 
 pytestmark = needs_counting_caches
 
@@ -257,7 +258,7 @@ def test_generate_takes_graphs_unless_compile_is_asked_for_something_else(made):
     model, inputs = build(), draw()
     given = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
-    expected = model.generate(**given, **options)
+    expected = model.generate(**given, **options, cache_implementation="dynamic")
     for _ in range(2):
         got = model.generate(**given, **options, cache_implementation="static", compile_config=COMPILE)
         assert torch.equal(got, expected)
@@ -268,6 +269,71 @@ def test_generate_takes_graphs_unless_compile_is_asked_for_something_else(made):
     got = model.generate(**given, **options, cache_implementation="static", compile_config=plain)
     assert torch.equal(got, expected)
     assert len(made) == captured
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("sample", [False, True])
+def test_generate_takes_graphs_by_itself(beams, sample, made):
+    model = build()
+    given = {name: x for name, x in draw().items() if name in ("input_ids", "attention_mask")}
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": sample, "num_beams": beams}
+
+    def generate(**others):
+        torch.manual_seed(0)
+        return model.generate(**given, **options, **others)
+
+    expected = generate(cache_implementation="dynamic")
+    assert not made
+    for _ in range(3):
+        assert torch.equal(generate(), expected)
+        assert len(made) == 1
+    model.decoder.block[0].ff_layer.wo.register_forward_hook(lambda module, given, output: output * 1)
+    assert torch.equal(generate(), expected)
+    assert len(made) == 1
+
+
+def of_adapters(model):
+    return get_peft_model(model, LoraConfig(target_modules=["wo"], r=2)).eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("options", "change"),
+    [
+        ({"cache_implementation": "dynamic"}, None),
+        ({"use_cache": False}, None),
+        ({"return_dict_in_generate": True}, None),
+        ({"disable_compile": True}, None),
+        ({"compile_config": CompileConfig(dynamic=True)}, None),
+        ({"prompt_lookup_num_tokens": 2}, None),
+        ({"decoder_attention_mask": torch.ones(3, 1, dtype=torch.long, device=DEVICE)}, None),
+        ({"max_new_tokens": FEW_TOKENS - 1}, None),
+        ({}, "size"),
+        ({}, "reorder"),
+        ({}, train),
+        ({}, hook),
+        ({}, of_adapters),
+        ({}, lambda model: model.set_attn_implementation("sdpa")),
+        ({}, lambda model: setattr(model.config, "output_hidden_states", True)),
+    ],
+)
+def test_generate_leaves_the_cache_as_it_is_in_transformers(options, change, made, monkeypatch):
+    """Where graphs would not serve, or somebody may look at the cache."""
+    model = build(dropout_rate=0.0)
+    if change == "size":
+        numbers = 3 * (6 + 37) * model.config.num_decoder_layers * 2 * model.config.num_heads * model.config.d_kv
+        monkeypatch.setattr(generation_flash_t5, "MOST_BYTES", 4 * numbers - 1)
+    elif change == "reorder":
+        monkeypatch.setattr(type(model), "_reorder_cache", lambda self, cache, order: cache.reorder_cache(order))
+    elif change is not None:
+        model = change(model) or model
+    rows = {name: x for name, x in draw().items() if name in ("input_ids", "attention_mask")}
+    if "prompt_lookup_num_tokens" in options:
+        rows = {name: x[:1] for name, x in rows.items()}
+    monkeypatch.setattr(FlashT5ForConditionalGeneration, "_prepare_static_cache", None)
+    model.generate(**rows, **{"max_new_tokens": 6, "do_sample": False, **options})
+    assert not made
 
 
 @torch.no_grad()
@@ -285,11 +351,11 @@ def test_beams_take_graphs_unless_compiling_is_forbidden(rows, sample, made):
     expected = generate()
     assert torch.equal(generate(cache_implementation="static", disable_compile=True).sequences, expected.sequences)
     assert not made
-    for captured in (1, 2, 2):
+    for _ in range(3):
         got = generate(cache_implementation="static")
         assert torch.equal(got.sequences, expected.sequences)
         assert relative_error(got.sequences_scores, expected.sequences_scores) < TOLERANCE
-        assert len(made) == captured
+        assert len(made) == 1
         del got
     assert model._decoding_graphs._memory is not None
 
@@ -312,7 +378,7 @@ def test_beams_that_graphs_do_not_fit_are_stepped_as_they_are(change, made, monk
     model = build()
     given = {name: x for name, x in draw().items() if name in ("input_ids", "attention_mask")}
     options = {"max_new_tokens": 5, "min_new_tokens": 5, "num_beams": 2}
-    expected = model.generate(**given, **options)
+    expected = model.generate(**given, **options, cache_implementation="dynamic")
     if change == "compile_config":
         options["compile_config"] = CompileConfig(dynamic=True)
     if change == "reorder":
@@ -330,6 +396,7 @@ def test_beams_that_graphs_do_not_fit_are_stepped_as_they_are(change, made, monk
 def test_beams_with_a_growing_cache_wait_for_nobody():
     model = build()
     given = {name: x for name, x in draw().items() if name in ("input_ids", "attention_mask")}
+    options = {"max_new_tokens": 5, "num_beams": 2, "cache_implementation": "dynamic"}
     with ThreadPoolExecutor(1) as pool, decoding_graphs._lock:  # which others may hold for seconds
-        tokens = pool.submit(model.generate, **given, max_new_tokens=5, num_beams=2).result(timeout=60)
-    assert torch.equal(tokens, model.generate(**given, max_new_tokens=5, num_beams=2))
+        tokens = pool.submit(model.generate, **given, **options).result(timeout=60)
+    assert torch.equal(tokens, model.generate(**given, **options))
