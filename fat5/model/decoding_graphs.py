@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import EncoderDecoderCache, StaticCache, StaticLayer
-from transformers.modeling_outputs import Seq2SeqLMOutput
+from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 from .fused_linear import is_untouched
 from .ops_graph import rehearsal
 from .ops_operator import is_watched
 
-MOST_SHAPES = 4
+MOST_SHAPES = 8  # of first steps and of later ones
 MOST_GRAPHS = 4  # of the same shapes: one for each cache that is used at a time
 MOST_BYTES = 1 << 29  # of a cache that is moved; steps with larger ones take so long that a capture matters little
 ALIGNMENT = 512  # bytes, as torch's allocator aligns
@@ -80,6 +80,15 @@ class DecodingGraphs:
             output = self._step(model, inputs, shapes)
         return otherwise(**inputs) if output is None else output
 
+    def first_step(self, model: nn.Module, **inputs: Any) -> Any:
+        """The model's output for the step of `generate` that fills an empty cache."""
+        shapes = shapes_of_a_first_step(model, inputs)
+        if shapes is None:
+            return model(**inputs)
+        with _lock:
+            output = self._step(model, inputs, shapes)
+        return model(**inputs) if output is None else output
+
     def _step(self, model: nn.Module, inputs: dict[str, Any], shapes: Facts) -> Any:
         cache = inputs["past_key_values"]
         if cache not in self._room:
@@ -87,6 +96,9 @@ class DecodingGraphs:
         if self._room[cache] == 0:  # a full cache is to say so itself
             return None
         self._room[cache] -= 1
+        is_first = not is_filled(cache)
+        if is_first:
+            initialise(cache, model, inputs)
         if shapes not in self._graphs:
             with rehearsal():
                 output = model(**inputs)
@@ -96,7 +108,9 @@ class DecodingGraphs:
         places = tuple(places_of(cache))
         is_lasting = getattr(cache, "_is_user_defined", False)  # and so where its owner may know it to be
         if places not in self._graphs[shapes] and not is_lasting:
-            self._move(cache)
+            is_moved = self._move(cache)
+            if is_first and not is_moved:  # a graph would serve this once
+                return None
             places = tuple(places_of(cache))
         if places not in self._graphs[shapes]:
             self._make_room(self._graphs[shapes], MOST_GRAPHS)
@@ -122,26 +136,27 @@ class DecodingGraphs:
         own = layers_of(cache)[0]
         self._room[cache] = own.max_cache_len - int(own.cumulative_length)
 
-    def _move(self, cache: EncoderDecoderCache) -> None:
+    def _move(self, cache: EncoderDecoderCache) -> bool:
         """Have the cache lie in the memory that is kept, unless it is large, or another one lies there."""
-        tensors = {(layer, name): getattr(layer, name) for layer in layers_of(cache) for name in ("keys", "values")}
+        layers = layers_of(cache)
+        tensors = {(layer, name): getattr(layer, name) for layer in layers for name in ("keys", "values")}
         sizes = [-(-x.nbytes // ALIGNMENT) * ALIGNMENT for x in tensors.values()]
-        own: list[Any] = cache.self_attention_cache.layers
         if sum(sizes) > MOST_BYTES or not all(x.is_contiguous() for x in tensors.values()):
-            return
-        if self._memory is None or self._memory[0].nbytes < sum(sizes) or len(self._memory[1]) < len(own):
+            return False
+        if self._memory is None or self._memory[0].nbytes < sum(sizes) or len(self._memory[1]) < len(layers):
             self._memory = None
             with suppress(torch.OutOfMemoryError), torch.inference_mode(False):
                 device = next(iter(tensors.values())).device
-                counts = torch.empty((len(own), ALIGNMENT // 8), dtype=torch.int64, device=device)
+                counts = torch.empty((len(layers), ALIGNMENT // 8), dtype=torch.int64, device=device)
                 self._memory = torch.empty(sum(sizes), dtype=torch.uint8, device=device), counts
         if self._memory is None or any(map(is_shared, self._memory)):
-            return
+            return False
         memory, counts = self._memory
         for ((layer, name), x), part in zip(tensors.items(), memory[: sum(sizes)].split(sizes), strict=True):
             setattr(layer, name, part[: x.nbytes].view(x.dtype).view(x.shape).copy_(x))
-        for layer, count in zip(own, counts[:, 0], strict=False):
+        for layer, count in zip(layers, counts[:, 0], strict=False):
             layer.cumulative_length = count.copy_(layer.cumulative_length)
+        return True
 
     def _keep_for(self, shapes: Facts) -> None:
         self._make_room(self._graphs, MOST_SHAPES)
@@ -150,9 +165,12 @@ class DecodingGraphs:
     def _capture(self, model: nn.Module, inputs: dict[str, Any]) -> "_CapturedStep":
         if not any(self._graphs.values()):  # a pool ends with the last of its graphs
             self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+        cache = inputs["past_key_values"]
+        is_updated = dict(cache.is_updated)
         try:
             return _CapturedStep(model, inputs, self._pool, self._stream)
         except BaseException:
+            cache.is_updated = is_updated  # as nothing was computed
             with suppress(RuntimeError):
                 self._forget()  # the pool, too, may be left in the middle of a capture
             raise
@@ -179,13 +197,14 @@ class _CapturedStep:
 
     def __init__(self, model: nn.Module, inputs: dict[str, Any], pool: Any, stream: Any) -> None:
         self.inputs = writable_copies(read_in_a_step(inputs))
+        given = with_copies(inputs, self.inputs)
         self.graph = torch.cuda.CUDAGraph()
         stream.wait_stream(torch.cuda.current_stream())
         # not by `torch.cuda.graph`, which first waits for the device and gives its free memory back
         with torch.cuda.stream(stream), own_workspaces(), no_garbage_collection():
             self.graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
-                self.logits = model(**{**inputs, **self.inputs}).logits
+                self.logits = model(**given).logits
             except BaseException:
                 with suppress(RuntimeError):  # which would hide the other
                     self.graph.capture_end()
@@ -198,9 +217,11 @@ class _CapturedStep:
         for name, x in read_in_a_step(inputs).items():
             self.inputs[name].copy_(x)
         self.graph.replay()
+        cache = inputs["past_key_values"]
+        cache.is_updated = dict.fromkeys(cache.is_updated, True)
         return Seq2SeqLMOutput(
             logits=self.logits.clone(),
-            past_key_values=inputs["past_key_values"],
+            past_key_values=cache,
             encoder_last_hidden_state=inputs["encoder_outputs"].last_hidden_state,
         )
 
@@ -248,8 +269,21 @@ def with_free_memory(work: Callable[[], Any]) -> Any:
 
 
 def read_in_a_step(inputs: dict[str, Any]) -> dict[str, Tensor]:
-    """The tensors among the inputs that a step reads: not the encoder's states, whose keys and values are cached."""
-    return {name: inputs[name] for name in ("decoder_input_ids", "attention_mask") if inputs.get(name) is not None}
+    """The tensors among the inputs that a step reads: the encoder's states only as long as no keys and values of them
+    are cached.
+    """
+    read = {name: inputs[name] for name in ("decoder_input_ids", "attention_mask") if inputs.get(name) is not None}
+    if not is_filled(inputs["past_key_values"]):
+        read["encoder_outputs"] = inputs["encoder_outputs"].last_hidden_state
+    return read
+
+
+def with_copies(inputs: dict[str, Any], copies: dict[str, Tensor]) -> dict[str, Any]:
+    """A step's inputs, with copies of what it reads."""
+    given = inputs | copies
+    if "encoder_outputs" in copies:
+        given["encoder_outputs"] = BaseModelOutput(last_hidden_state=copies["encoder_outputs"])
+    return given
 
 
 def writable_copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -263,28 +297,78 @@ def shapes_of(inputs: dict[str, Any]) -> Facts | None:
 
     None for anything but a plain step without gradients: one token a row, and a static cache that holds some already.
     """
-    if torch.is_grad_enabled() or is_watched() or inputs.keys() - {"attention_mask"} != NAMES:
+    if not is_plain_step(inputs) or not is_filled(inputs["past_key_values"]):
         return None
-    ids, cache = inputs["decoder_input_ids"], inputs["past_key_values"]
-    encoded = getattr(inputs["encoder_outputs"], "last_hidden_state", None)
-    if encoded is None or ids.shape[1] != 1 or not (inputs["use_cache"] and inputs["return_dict"]):
+    layers = layers_of(inputs["past_key_values"])
+    return facts_of(*read_in_a_step(inputs).values(), encoded_of(inputs), layers[0].keys, layers[-1].keys)
+
+
+def shapes_of_a_first_step(model: Any, inputs: dict[str, Any]) -> Facts | None:
+    """The same of a step that makes keys and values of the encoder's states; None for a cache too large to be moved."""
+    if not is_plain_step(inputs):
         return None
-    if type(cache) is not EncoderDecoderCache or not all(cache.is_updated.values()):
-        return None
-    if not all(is_plain_cache(part) for part in (cache.self_attention_cache, cache.cross_attention_cache)):
-        return None
+    cache = inputs["past_key_values"]
     layers = layers_of(cache)
-    tensors = *read_in_a_step(inputs).values(), encoded, layers[0].keys, layers[-1].keys
-    if any(x.device != ids.device for x in tensors):
+    is_empty = not any(cache.is_updated.values()) and not any(layer.is_initialized for layer in layers)
+    lengths = [layer.max_cache_len for layer in layers]
+    numbers = 2 * len(inputs["decoder_input_ids"]) * sum(lengths) * model.config.num_heads * model.config.d_kv
+    if (
+        not is_empty
+        or getattr(cache, "_is_user_defined", False)
+        or numbers * dtype_of_keys(model).itemsize > MOST_BYTES
+    ):
+        return None
+    facts = facts_of(*read_in_a_step(inputs).values())
+    return facts and ("first", *facts, *lengths)
+
+
+def facts_of(*tensors: Tensor) -> Facts | None:
+    """What a graph depends on of the tensors that it reads, if they are on one device."""
+    if any(x.device != tensors[0].device for x in tensors):
         return None
     return tuple((x.shape, x.stride(), x.dtype, x.device) for x in tensors)
 
 
+def is_plain_step(inputs: dict[str, Any]) -> bool:
+    """Whether `generate` asks for one token a row, without gradients, and all that matters is known to a graph."""
+    if torch.is_grad_enabled() or is_watched() or inputs.keys() - {"attention_mask"} != NAMES:
+        return False
+    if inputs["decoder_input_ids"].shape[1] != 1 or not (inputs["use_cache"] and inputs["return_dict"]):
+        return False
+    cache = inputs["past_key_values"]
+    if encoded_of(inputs) is None or type(cache) is not EncoderDecoderCache:
+        return False
+    return is_plain_cache(cache.self_attention_cache) and is_plain_cache(cache.cross_attention_cache)
+
+
+def encoded_of(inputs: dict[str, Any]) -> Any:
+    """The encoder's states."""
+    return getattr(inputs["encoder_outputs"], "last_hidden_state", None)
+
+
+def is_filled(cache: EncoderDecoderCache) -> bool:
+    """Whether it holds keys and values of the encoder."""
+    return all(cache.is_updated.values()) and all(layer.is_initialized for layer in layers_of(cache))
+
+
+def initialise(cache: EncoderDecoderCache, model: Any, inputs: dict[str, Any]) -> None:
+    """Allocate an empty cache, as its first tokens would; a step by a graph is to find it so."""
+    ids, config = inputs["decoder_input_ids"], model.config
+    for part in (cache.self_attention_cache, cache.cross_attention_cache):
+        part.early_initialization(len(ids), config.num_heads, config.d_kv, dtype_of_keys(model), ids.device)
+
+
+def dtype_of_keys(model: Any) -> torch.dtype:
+    """And of values."""
+    weight: Tensor = model.decoder.block[0].self_attention_layer.self_attention.Wk.weight
+    return weight.dtype
+
+
 def is_plain_cache(cache: Any) -> bool:
-    """Whether a cache is static, no more than that, allocated, and counts its tokens, as in transformers 5."""
+    """Whether a cache is static, no more than that, and counts its tokens, as in transformers 5."""
     if type(cache) is not StaticCache or cache.offloading:
         return False
-    return STATIC_CACHES_COUNT and all(type(layer) is StaticLayer and layer.is_initialized for layer in cache.layers)
+    return STATIC_CACHES_COUNT and all(type(layer) is StaticLayer for layer in cache.layers)
 
 
 def layers_of(cache: EncoderDecoderCache) -> list[Any]:
@@ -297,8 +381,6 @@ def places_of(cache: EncoderDecoderCache) -> Iterator[int]:
     for layer in layers_of(cache):
         yield layer.keys.data_ptr()
         yield layer.values.data_ptr()
-    own: list[Any] = cache.self_attention_cache.layers
-    for layer in own:
         yield layer.cumulative_length.data_ptr()
 
 

@@ -16,7 +16,7 @@ from transformers import (
 )
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
-from .decoding_graphs import MOST_BYTES, STATIC_CACHES_COUNT, DecodingGraphs, is_plain_cache, state_of
+from .decoding_graphs import MOST_BYTES, STATIC_CACHES_COUNT, DecodingGraphs, encoded_of, is_plain_cache, state_of
 from .encoder_decoder_flash_t5 import FlashT5EncoderDecoder
 from .ops_operator import is_watched
 from .stack_flash_t5 import static_length
@@ -48,12 +48,12 @@ class FlashT5Generative(FlashT5EncoderDecoder, GenerationMixin):
     ) -> Any:
         """As in `transformers`, but if nobody asks for a kind of cache, it is static where graphs can serve the steps.
 
-        Not what is returned, and no cache of a size that graphs would not keep.
+        Not one that is returned, nor one for so many tokens that to allocate them beforehand may matter.
         """
         state = None
         if generation_mode in SEARCHES and max_cache_length >= FEW_TOKENS:
             rows = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
-            if self._may_choose_cache(generation_config, model_kwargs, rows, max_cache_length):
+            if self._may_choose_cache(generation_config, model_kwargs, rows * max_cache_length):
                 state = state_of(self)
         if state is not None:
             generation_config = copy.copy(generation_config)
@@ -63,8 +63,8 @@ class FlashT5Generative(FlashT5EncoderDecoder, GenerationMixin):
         if state is not None:
             self._graphs.expect(model_kwargs["past_key_values"], state)
 
-    def _may_choose_cache(self, asked: GenerationConfig, given: dict[str, Any], rows: int, length: int) -> bool:
-        """Whether `generate` leaves the kind of cache open, and a static one for `rows` would be of a fair size."""
+    def _may_choose_cache(self, asked: GenerationConfig, given: dict[str, Any], tokens: int) -> bool:
+        """Whether `generate` leaves the kind of cache open, and room for so many tokens, perhaps unused, is small."""
         if not STATIC_CACHES_COUNT or is_watched():
             return False
         if given.keys() - {"attention_mask", "use_cache"} != {"encoder_outputs"}:
@@ -75,10 +75,8 @@ class FlashT5Generative(FlashT5EncoderDecoder, GenerationMixin):
             return False
         if asked.return_dict_in_generate or asked.is_assistant or not self._reorders_in_place():
             return False
-        encoded = getattr(given["encoder_outputs"], "last_hidden_state", None)
-        if encoded is None:
+        if encoded_of(given) is None:
             return False
-        tokens = rows * (length + encoded.shape[1])
         width = self.config.num_heads * self.config.d_kv
         return 2 * tokens * self.config.num_decoder_layers * width * self.dtype.itemsize <= MOST_BYTES
 
@@ -138,6 +136,20 @@ class FlashT5Generative(FlashT5EncoderDecoder, GenerationMixin):
             **model_kwargs,
         )  # fmt: skip
 
+    def _prefill(
+        self,
+        input_ids: torch.Tensor,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        is_first_iteration: bool = True,
+    ) -> Any:
+        """The step that fills the cache, by a graph if the cache is static."""
+        model: Any = self
+        if self._may_step_by_graphs(generation_config, model_kwargs):
+            model = _SteppedModel(self, partial(self._graphs.first_step, model))
+        prefill: Any = GenerationMixin._prefill
+        return prefill(model, input_ids, generation_config, model_kwargs, is_first_iteration)
+
     def _beam_search(
         self,
         input_ids: torch.Tensor,
@@ -152,9 +164,7 @@ class FlashT5Generative(FlashT5EncoderDecoder, GenerationMixin):
         Not where compiling is forbidden or somebody else reorders the cache, which then may lie elsewhere at each step.
         """
         model: Any = self
-        is_static = getattr(model_kwargs.get("past_key_values"), "is_compileable", False)
-        may = asks_for_nothing_special(generation_config.compile_config) and not generation_config.disable_compile
-        if is_static and may and self._reorders_in_place():
+        if self._may_step_by_graphs(generation_config, model_kwargs) and self._reorders_in_place():
             model = _SteppedModel(self, self._step_by_graphs(model))
         search: Any = GenerationMixin._beam_search
         return search(
@@ -170,6 +180,11 @@ class FlashT5Generative(FlashT5EncoderDecoder, GenerationMixin):
     def _graphs(self) -> DecodingGraphs:
         graphs: DecodingGraphs = vars(self).setdefault("_decoding_graphs", DecodingGraphs())
         return graphs
+
+    @staticmethod
+    def _may_step_by_graphs(asked: GenerationConfig, given: dict[str, Any]) -> bool:
+        is_static = getattr(given.get("past_key_values"), "is_compileable", False)
+        return is_static and asks_for_nothing_special(asked.compile_config) and not asked.disable_compile
 
     def _reorders_in_place(self) -> bool:
         return self._reorder_cache is FlashT5Generative._reorder_cache

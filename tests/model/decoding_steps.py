@@ -48,7 +48,7 @@ class Replays:
         assert list(decoding_graphs.places_of(inputs["past_key_values"])) == self.places
         for name, x in decoding_graphs.read_in_a_step(inputs).items():
             self.inputs[name].copy_(x)
-        return self.model(**{**inputs, **self.inputs})
+        return self.model(**decoding_graphs.with_copies(inputs, self.inputs))
 
 
 def count_captures(monkeypatch):

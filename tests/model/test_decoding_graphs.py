@@ -285,12 +285,12 @@ def test_generate_takes_graphs_by_itself(beams, sample, made):
 
     expected = generate(cache_implementation="dynamic")
     assert not made
-    for _ in range(3):
+    for captured in (1, 2, 2):  # a later step, then a first one
         assert torch.equal(generate(), expected)
-        assert len(made) == 1
+        assert len(made) == captured
     model.decoder.block[0].ff_layer.wo.register_forward_hook(lambda module, given, output: output * 1)
     assert torch.equal(generate(), expected)
-    assert len(made) == 1
+    assert len(made) == 2
 
 
 def of_adapters(model):
@@ -322,7 +322,7 @@ def test_generate_leaves_the_cache_as_it_is_in_transformers(options, change, mad
     """Where graphs would not serve, or somebody may look at the cache."""
     model = build(dropout_rate=0.0)
     if change == "size":
-        numbers = 3 * (6 + 37) * model.config.num_decoder_layers * 2 * model.config.num_heads * model.config.d_kv
+        numbers = 3 * 6 * model.config.num_decoder_layers * 2 * model.config.num_heads * model.config.d_kv
         monkeypatch.setattr(generation_flash_t5, "MOST_BYTES", 4 * numbers - 1)
     elif change == "reorder":
         monkeypatch.setattr(type(model), "_reorder_cache", lambda self, cache, order: cache.reorder_cache(order))
@@ -334,6 +334,49 @@ def test_generate_leaves_the_cache_as_it_is_in_transformers(options, change, mad
     monkeypatch.setattr(FlashT5ForConditionalGeneration, "_prepare_static_cache", None)
     model.generate(**rows, **{"max_new_tokens": 6, "do_sample": False, **options})
     assert not made
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("padding", ["none", "right", "left"])
+def test_first_steps_read_the_inputs_of_their_call(padding, made):
+    model = build()
+    options = {"max_new_tokens": 5, "min_new_tokens": 5, "output_logits": True, "return_dict_in_generate": True}
+    for call in range(4):
+        given = {name: x for name, x in draw(padding).items() if name in ("input_ids", "attention_mask")}
+        if call == 3:
+            given["attention_mask"][0, 2:6] = 0
+        expected = model.generate(**given, **options)
+        got = model.generate(**given, **options, cache_implementation="static", compile_config=COMPILE)
+        assert torch.equal(got.sequences, expected.sequences)
+        assert relative_error(torch.cat(got.logits), torch.cat(expected.logits)) < TOLERANCE
+        del got
+    assert len(made) == 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("why", "places"), [("prompt", 1), ("cache of the user's", 3), ("large cache", 3)])
+def test_first_steps_without_a_graph(why, places, made, monkeypatch):
+    model = build()
+    given = {name: x for name, x in draw().items() if name in ("input_ids", "attention_mask")}
+    options = {"max_new_tokens": 5, "min_new_tokens": 5}
+    if why == "prompt":
+        given["decoder_input_ids"] = draw()["decoder_input_ids"][:, :3]
+    expected = model.generate(**given, **options, cache_implementation="dynamic")
+    if why == "large cache":
+        numbers = 2 * 3 * (5 + 37) * model.config.num_decoder_layers * model.config.num_heads * model.config.d_kv
+        monkeypatch.setattr(decoding_graphs, "MOST_BYTES", 4 * numbers - 1)
+    options |= {"compile_config": COMPILE}
+    for _ in range(3):
+        if why.startswith("cache"):
+            config = model.config.get_text_config(decoder=True)
+            options["past_key_values"] = EncoderDecoderCache(
+                *(StaticCache(config=config, max_cache_len=n) for n in (6, 37))
+            )
+        else:
+            options["cache_implementation"] = "static"
+        assert torch.equal(model.generate(**given, **options), expected)
+    assert all(x[0] != "first" for x in model._decoding_graphs._graphs)
+    assert len(made) == places  # of the later steps
 
 
 @torch.no_grad()
@@ -351,11 +394,11 @@ def test_beams_take_graphs_unless_compiling_is_forbidden(rows, sample, made):
     expected = generate()
     assert torch.equal(generate(cache_implementation="static", disable_compile=True).sequences, expected.sequences)
     assert not made
-    for _ in range(3):
+    for captured in (1, 2, 2):
         got = generate(cache_implementation="static")
         assert torch.equal(got.sequences, expected.sequences)
         assert relative_error(got.sequences_scores, expected.sequences_scores) < TOLERANCE
-        assert len(made) == 1
+        assert len(made) == captured
         del got
     assert model._decoding_graphs._memory is not None
 

@@ -67,8 +67,8 @@ def test_longer_caches_and_training_in_between_cost_no_graph(made):
     options = {"do_sample": False, "cache_implementation": "static", "compile_config": COMPILE}
     for tokens in (6, 6, 6, 9, 9, 9):
         model.generate(**given, **options, max_new_tokens=tokens, min_new_tokens=tokens)
-    assert len(made) == 2
-    assert len(model._decoding_graphs._graphs) == 2
+    assert len(made) == 4  # of each length a first step and later ones
+    assert len(model._decoding_graphs._graphs) == 4
     check(model.train().eval(), draw())
     before = len(made)
     model.train()
@@ -136,6 +136,28 @@ def test_without_memory_for_a_graph_the_rest_is_left_to_compile(made, monkeypatc
 
 
 @torch.no_grad()
+def test_without_memory_for_a_first_step_it_is_done_as_it_is(made, monkeypatch):
+    model = build()
+    given = {name: x for name, x in draw().items() if name in ("input_ids", "attention_mask")}
+    options = {"max_new_tokens": 6, "min_new_tokens": 6}
+    expected = model.generate(**given, **options, cache_implementation="dynamic")
+
+    def fail(model, inputs, *_):
+        model(**decoding_graphs.with_copies(inputs, decoding_graphs.read_in_a_step(inputs)))  # as it is captured
+        layers = decoding_graphs.layers_of(inputs["past_key_values"])
+        for layer in layers:  # which computes nothing
+            layer.keys.zero_()
+            layer.cumulative_length.sub_(layer.cumulative_length)
+        raise torch.OutOfMemoryError
+
+    model.generate(**given, **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(decoding_graphs, "_CapturedStep", fail)
+        assert torch.equal(model.generate(**given, **options), expected)
+    assert torch.equal(model.generate(**given, **options), expected)
+
+
+@torch.no_grad()
 def test_a_large_cache_and_one_of_the_users_stay_where_they_are(monkeypatch):
     model, inputs = build(), draw()
     check(model, inputs)
@@ -184,7 +206,7 @@ def test_threads_share_a_model(made):
     with ThreadPoolExecutor(4) as pool:
         for got, tokens in zip(pool.map(generate, given), expected, strict=True):
             assert all(torch.equal(one, tokens) for one in got)
-    assert len(model._decoding_graphs._graphs) == 1
+    assert len(model._decoding_graphs._graphs) == 2
 
 
 @torch.no_grad()
