@@ -89,7 +89,7 @@ class FlashT5Stack(nn.Module, ModuleUtilsMixin):
             encoder_hidden_states: `[B, Le, D]`, in a decoder only, as all of the encoder.
             encoder_attention_mask: `[B, Le]`, or a matrix.
             inputs_embeds: `[B, L, D]`.
-            past_key_values: cache to extend.
+            past_key_values: in a decoder, cache to extend.
             use_cache: in a decoder, begin a cache if none is given.
             output_attentions: return attention weights (computed by the eager implementation).
             output_hidden_states: return the input of every layer and the output of the last norm.
@@ -108,8 +108,9 @@ class FlashT5Stack(nn.Module, ModuleUtilsMixin):
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         return_dict = self.config.return_dict if return_dict is None else return_dict
-        if self.training and self.block[0].gradient_checkpointing:
-            past_key_values = None  # recomputing a layer would extend the cache twice
+        # an encoder is given the decoder's by transformers 4; recomputing a layer would extend the cache twice
+        if not self.is_decoder or (self.training and self.block[0].gradient_checkpointing):
+            past_key_values = None
         elif use_cache and past_key_values is None:
             past_key_values = EncoderDecoderCache(DynamicCache(), DynamicCache())
 

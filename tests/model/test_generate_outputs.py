@@ -79,3 +79,17 @@ def test_from_embeddings_by_every_cache(cache, pair):
     options = {"max_new_tokens": 6, "min_new_tokens": 6, "num_beams": 2, "cache_implementation": cache}
     expected = pair[0].generate(inputs["input_ids"], attention_mask=inputs["attention_mask"], **options)
     assert torch.equal(pair[1].generate(**given, **options), expected)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_goes_on_from_the_cache_that_a_call_returned(masked, pair):
+    """As stock T5 does, rightly so in transformers 5 if the decoder's mask says what is cached."""
+    inputs = {name: x for name, x in batch("right").items() if name in ("input_ids", "attention_mask")}
+    ends = []
+    for model in pair:
+        begun = model.generate(**inputs, max_new_tokens=4, min_new_tokens=4, return_dict_in_generate=True)
+        given = {"decoder_input_ids": begun.sequences, "past_key_values": begun.past_key_values}
+        if masked:
+            given["decoder_attention_mask"] = torch.ones_like(begun.sequences)
+        ends.append(model.generate(**inputs, **given, max_new_tokens=5, min_new_tokens=5))
+    assert torch.equal(*ends)
