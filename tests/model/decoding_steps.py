@@ -40,7 +40,7 @@ class Replays:
         pool.graphs += 1
         weakref.finalize(self, pool.leave)
         self.inputs = decoding_graphs.writable_copies(decoding_graphs.read_in_a_step(inputs))
-        self.model = model
+        self.model, self.encoded = model, inputs["encoder_outputs"]
         self.places = list(decoding_graphs.places_of(inputs["past_key_values"]))
 
     def replay(self, inputs):
@@ -48,7 +48,7 @@ class Replays:
         assert list(decoding_graphs.places_of(inputs["past_key_values"])) == self.places
         for name, x in decoding_graphs.read_in_a_step(inputs).items():
             self.inputs[name].copy_(x)
-        return self.model(**decoding_graphs.with_copies(inputs, self.inputs))
+        return self.model(**decoding_graphs.with_copies(inputs | {"encoder_outputs": self.encoded}, self.inputs))
 
 
 def count_captures(monkeypatch):
