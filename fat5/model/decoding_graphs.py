@@ -21,7 +21,7 @@ from .fused_linear import is_untouched
 from .ops_graph import rehearsal
 from .ops_operator import is_watched
 
-MOST_SHAPES = 8  # of first steps and of later ones
+MOST_SHAPES = 16  # of first steps and of later ones
 MOST_GRAPHS = 4  # of the same shapes: one for each cache that is used at a time
 MOST_BYTES = 1 << 29  # of a cache that is moved; steps with larger ones take so long that a capture matters little
 ALIGNMENT = 512  # bytes, as torch's allocator aligns
@@ -67,9 +67,11 @@ class DecodingGraphs:
         with _lock:
             self._expected[cache] = state
 
-    def expects(self, cache: Any) -> bool:
-        """Whether the cache was taken over and has had no step yet."""
-        return type(cache) is EncoderDecoderCache and cache in self._expected
+    def are_free_for(self, state: Facts) -> bool:
+        """Whether no other stream uses them, in turns with which they would be captured again and again."""
+        with _lock:
+            is_in_use = bool(self._room or self._expected)
+            return not is_in_use or self._state is None or self._state[-1] == state[-1]
 
     def step(self, model: nn.Module, otherwise: Callable[..., Any], **inputs: Any) -> Any:
         """The model's output for a step of `generate`; what cannot be captured is left to `otherwise`."""
@@ -82,7 +84,7 @@ class DecodingGraphs:
 
     def first_step(self, model: nn.Module, **inputs: Any) -> Any:
         """The model's output for the step of `generate` that fills an empty cache."""
-        shapes = shapes_of_a_first_step(model, inputs)
+        shapes = shapes_of_a_first_step(inputs)
         if shapes is None:
             return model(**inputs)
         with _lock:
@@ -97,8 +99,8 @@ class DecodingGraphs:
             return None
         self._room[cache] -= 1
         is_first = not is_filled(cache)
-        if is_first:
-            initialise(cache, model, inputs)
+        if is_first and not initialise(cache, model, inputs):
+            return None
         if shapes not in self._graphs:
             with rehearsal():
                 output = model(**inputs)
@@ -110,7 +112,8 @@ class DecodingGraphs:
         if places not in self._graphs[shapes] and not is_lasting:
             is_moved = self._move(cache)
             if is_first and not is_moved:  # a graph would serve this once
-                return None
+                with rehearsal():
+                    return model(**inputs)
             places = tuple(places_of(cache))
         if places not in self._graphs[shapes]:
             self._make_room(self._graphs[shapes], MOST_GRAPHS)
@@ -137,19 +140,22 @@ class DecodingGraphs:
         self._room[cache] = own.max_cache_len - int(own.cumulative_length)
 
     def _move(self, cache: EncoderDecoderCache) -> bool:
-        """Have the cache lie in the memory that is kept, unless it is large, or another one lies there."""
+        """Have the cache lie in the memory that is kept, unless it is large; where another one lies, in new memory."""
         layers = layers_of(cache)
         tensors = {(layer, name): getattr(layer, name) for layer in layers for name in ("keys", "values")}
         sizes = [-(-x.nbytes // ALIGNMENT) * ALIGNMENT for x in tensors.values()]
         if sum(sizes) > MOST_BYTES or not all(x.is_contiguous() for x in tensors.values()):
             return False
-        if self._memory is None or self._memory[0].nbytes < sum(sizes) or len(self._memory[1]) < len(layers):
+        if self._memory is not None and layers[0].keys.data_ptr() == self._memory[0].data_ptr():
+            return True
+        if not self._fits(sum(sizes), len(layers)):
             self._memory = None
             with suppress(torch.OutOfMemoryError), torch.inference_mode(False):
                 device = next(iter(tensors.values())).device
                 counts = torch.empty((len(layers), ALIGNMENT // 8), dtype=torch.int64, device=device)
-                self._memory = torch.empty(sum(sizes), dtype=torch.uint8, device=device), counts
-        if self._memory is None or any(map(is_shared, self._memory)):
+                # as much as a longer one takes, so that it need not be captured anew for that
+                self._memory = torch.empty(1 << (sum(sizes) - 1).bit_length(), dtype=torch.uint8, device=device), counts
+        if self._memory is None:
             return False
         memory, counts = self._memory
         for ((layer, name), x), part in zip(tensors.items(), memory[: sum(sizes)].split(sizes), strict=True):
@@ -157,6 +163,13 @@ class DecodingGraphs:
         for layer, count in zip(layers, counts[:, 0], strict=False):
             layer.cumulative_length = count.copy_(layer.cumulative_length)
         return True
+
+    def _fits(self, size: int, layers: int) -> bool:
+        """Whether a cache of so many bytes can lie in the memory that is kept, and no other one does."""
+        if self._memory is None or any(map(is_shared, self._memory)):
+            return False
+        memory, counts = self._memory
+        return memory.nbytes >= size and len(counts) >= layers
 
     def _keep_for(self, shapes: Facts) -> None:
         self._make_room(self._graphs, MOST_SHAPES)
@@ -287,9 +300,9 @@ def with_copies(inputs: dict[str, Any], copies: dict[str, Tensor]) -> dict[str, 
 
 
 def writable_copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies to write to in and out of inference mode."""
+    """Copies to write to in and out of inference mode, which would also switch gradients on."""
     with torch.inference_mode(False):
-        return {name: x.clone() for name, x in tensors.items()}
+        return {name: x.detach().clone() for name, x in tensors.items()}
 
 
 def shapes_of(inputs: dict[str, Any]) -> Facts | None:
@@ -303,23 +316,18 @@ def shapes_of(inputs: dict[str, Any]) -> Facts | None:
     return facts_of(*read_in_a_step(inputs).values(), encoded_of(inputs), layers[0].keys, layers[-1].keys)
 
 
-def shapes_of_a_first_step(model: Any, inputs: dict[str, Any]) -> Facts | None:
-    """The same of a step that makes keys and values of the encoder's states; None for a cache too large to be moved."""
+def shapes_of_a_first_step(inputs: dict[str, Any]) -> Facts | None:
+    """The same of a step that makes keys and values of the encoder's states."""
     if not is_plain_step(inputs):
         return None
     cache = inputs["past_key_values"]
     layers = layers_of(cache)
-    is_empty = not any(cache.is_updated.values()) and not any(layer.is_initialized for layer in layers)
-    lengths = [layer.max_cache_len for layer in layers]
-    numbers = 2 * len(inputs["decoder_input_ids"]) * sum(lengths) * model.config.num_heads * model.config.d_kv
-    if (
-        not is_empty
-        or getattr(cache, "_is_user_defined", False)
-        or numbers * dtype_of_keys(model).itemsize > MOST_BYTES
-    ):
+    if any(cache.is_updated.values()) or any(layer.is_initialized for layer in layers):
+        return None
+    if getattr(cache, "_is_user_defined", False):
         return None
     facts = facts_of(*read_in_a_step(inputs).values())
-    return facts and ("first", *facts, *lengths)
+    return facts and ("first", *facts, *(layer.max_cache_len for layer in layers))
 
 
 def facts_of(*tensors: Tensor) -> Facts | None:
@@ -351,17 +359,27 @@ def is_filled(cache: EncoderDecoderCache) -> bool:
     return all(cache.is_updated.values()) and all(layer.is_initialized for layer in layers_of(cache))
 
 
-def initialise(cache: EncoderDecoderCache, model: Any, inputs: dict[str, Any]) -> None:
-    """Allocate an empty cache, as its first tokens would; a step by a graph is to find it so."""
+def initialise(cache: EncoderDecoderCache, model: Any, inputs: dict[str, Any]) -> bool:
+    """Allocate an empty cache, as its first tokens would, for a graph to find it so.
+
+    Not, and False, where it would be too large to be moved, or its layers are of several dtypes.
+    """
     ids, config = inputs["decoder_input_ids"], model.config
+    dtype, *others = {x.dtype for x in weights_of_cached(model)}
+    numbers = 2 * len(ids) * config.num_heads * config.d_kv * sum(layer.max_cache_len for layer in layers_of(cache))
+    if others or numbers * dtype.itemsize > MOST_BYTES:
+        return False
     for part in (cache.self_attention_cache, cache.cross_attention_cache):
-        part.early_initialization(len(ids), config.num_heads, config.d_kv, dtype_of_keys(model), ids.device)
+        part.early_initialization(len(ids), config.num_heads, config.d_kv, dtype, ids.device)
+    return True
 
 
-def dtype_of_keys(model: Any) -> torch.dtype:
-    """And of values."""
-    weight: Tensor = model.decoder.block[0].self_attention_layer.self_attention.Wk.weight
-    return weight.dtype
+def weights_of_cached(model: Any) -> Iterator[Tensor]:
+    """Of the layers that make keys and values."""
+    for block in model.decoder.block:
+        for attention in (block.self_attention_layer.self_attention, block.cross_attention_layer.cross_attention):
+            yield attention.Wk.weight
+            yield attention.Wv.weight
 
 
 def is_plain_cache(cache: Any) -> bool:
@@ -430,6 +448,11 @@ def modules_of_a_step(model: nn.Module) -> Iterator[nn.Module]:
         yield module
         parts = module._modules.items()
         left.extend(x for name, x in parts if x is not None and not (module is model and name == "encoder"))
+
+
+def may_serve(model: Any) -> bool:
+    """Whether there are graphs where a model lies."""
+    return has_graphs(model.device)
 
 
 def has_graphs(device: torch.device) -> bool:

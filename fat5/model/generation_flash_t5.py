@@ -1,6 +1,5 @@
 """What `generate` of `transformers` asks of FlashT5: the inputs, the caches and the calls of its steps."""
 
-import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -14,14 +13,21 @@ from transformers import (
     LogitsProcessorList,
     StoppingCriteriaList,
 )
-from transformers.cache_utils import Cache, EncoderDecoderCache
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache, StaticCache
 
-from .decoding_graphs import MOST_BYTES, STATIC_CACHES_COUNT, DecodingGraphs, encoded_of, is_plain_cache, state_of
+from .decoding_graphs import (
+    MOST_BYTES,
+    STATIC_CACHES_COUNT,
+    DecodingGraphs,
+    encoded_of,
+    is_plain_cache,
+    may_serve,
+    state_of,
+)
 from .encoder_decoder_flash_t5 import FlashT5EncoderDecoder
 from .ops_operator import is_watched
 from .stack_flash_t5 import static_length
 
-SEARCHES = ("greedy_search", "sample", "beam_search", "beam_sample")
 FEW_TOKENS = 4  # the first and, of new shapes, the second are not by a graph, and to capture one takes as long as two
 
 
@@ -37,48 +43,6 @@ class FlashT5Generative(FlashT5EncoderDecoder, GenerationMixin):
         config, model_kwargs = prepare(self, *args, **kwargs)
         config.prefill_chunk_size = None
         return config, model_kwargs
-
-    def _prepare_cache_for_generation(
-        self,
-        generation_config: GenerationConfig,
-        model_kwargs: dict[str, Any],
-        generation_mode: Any,
-        batch_size: int,
-        max_cache_length: int,
-    ) -> Any:
-        """As in `transformers`, but if nobody asks for a kind of cache, it is static where graphs can serve the steps.
-
-        Not one that is returned, nor one for so many tokens that to allocate them beforehand may matter.
-        """
-        state = None
-        if generation_mode in SEARCHES and max_cache_length >= FEW_TOKENS:
-            rows = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
-            if self._may_choose_cache(generation_config, model_kwargs, rows * max_cache_length):
-                state = state_of(self)
-        if state is not None:
-            generation_config = copy.copy(generation_config)
-            generation_config.cache_implementation = "static"
-        prepare: Any = GenerationMixin._prepare_cache_for_generation
-        prepare(self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
-        if state is not None:
-            self._graphs.expect(model_kwargs["past_key_values"], state)
-
-    def _may_choose_cache(self, asked: GenerationConfig, given: dict[str, Any], tokens: int) -> bool:
-        """Whether `generate` leaves the kind of cache open, and room for so many tokens, perhaps unused, is small."""
-        if not STATIC_CACHES_COUNT or is_watched():
-            return False
-        if given.keys() - {"attention_mask", "use_cache"} != {"encoder_outputs"}:
-            return False
-        if asked.cache_implementation is not None or asked.use_cache is False:
-            return False
-        if asked.disable_compile or not asks_for_nothing_special(asked.compile_config):
-            return False
-        if asked.return_dict_in_generate or asked.is_assistant or not self._reorders_in_place():
-            return False
-        if encoded_of(given) is None:
-            return False
-        width = self.config.num_heads * self.config.d_kv
-        return 2 * tokens * self.config.num_decoder_layers * width * self.dtype.itemsize <= MOST_BYTES
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Inputs of one step of `generate`.
@@ -112,7 +76,7 @@ class FlashT5Generative(FlashT5EncoderDecoder, GenerationMixin):
         A configuration that asks for something special of `torch.compile` gets that.
         """
         compiled = super().get_compiled_call
-        if not asks_for_nothing_special(compile_config):
+        if not (may_serve(self) and asks_for_nothing_special(compile_config)):
             return compiled(compile_config)
         return self._step_by_graphs(lambda **inputs: compiled(compile_config)(**inputs))
 
@@ -128,7 +92,7 @@ class FlashT5Generative(FlashT5EncoderDecoder, GenerationMixin):
     ) -> Any:
         """Greedy search and sampling, whose steps are by graphs where nobody asked for a kind of cache."""
         model: Any = self
-        if self._graphs.expects(model_kwargs.get("past_key_values")):
+        if not synced_gpus and self._choose_cache(input_ids, generation_config, stopping_criteria, model_kwargs):
             model = _SteppedModel(self, self._step_by_graphs(model))
         search: Any = GenerationMixin._sample
         return search(
@@ -164,27 +128,64 @@ class FlashT5Generative(FlashT5EncoderDecoder, GenerationMixin):
         Not where compiling is forbidden or somebody else reorders the cache, which then may lie elsewhere at each step.
         """
         model: Any = self
-        if self._may_step_by_graphs(generation_config, model_kwargs) and self._reorders_in_place():
-            model = _SteppedModel(self, self._step_by_graphs(model))
+        if self._reorders_in_place():
+            if not synced_gpus:
+                self._choose_cache(input_ids, generation_config, stopping_criteria, model_kwargs)
+            if self._may_step_by_graphs(generation_config, model_kwargs):
+                model = _SteppedModel(self, self._step_by_graphs(model))
         search: Any = GenerationMixin._beam_search
         return search(
             model, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, **model_kwargs
         )
+
+    def _choose_cache(
+        self,
+        input_ids: torch.Tensor,
+        asked: GenerationConfig,
+        stopping_criteria: StoppingCriteriaList,
+        given: dict[str, Any],
+    ) -> bool:
+        """Whether nobody asked for a kind of cache and graphs can serve the steps: `given` gets a static one then.
+
+        Not where somebody may look at the cache, nor for so many tokens that to allocate them beforehand may matter.
+        """
+        if not (STATIC_CACHES_COUNT and may_serve(self)) or is_watched() or not is_open_choice(asked, given):
+            return False
+        rows, begun = input_ids.shape
+        longest = stopping_criteria.max_length
+        if longest is None or longest - begun < FEW_TOKENS:
+            return False
+        width = self.config.num_heads * self.config.d_kv
+        if 2 * rows * longest * self.config.num_decoder_layers * width * self.dtype.itemsize > MOST_BYTES:
+            return False
+        state = state_of(self)
+        if state is None or not self._graphs.are_free_for(state):
+            return False
+        config = self.config.get_text_config(decoder=True)
+        lengths = longest - 1, encoded_of(given).shape[1]  # the last token is read by no step
+        given["past_key_values"] = EncoderDecoderCache(*(StaticCache(config=config, max_cache_len=n) for n in lengths))
+        self._graphs.expect(given["past_key_values"], state)
+        return True
 
     def _step_by_graphs(self, otherwise: Callable[..., Any]) -> Callable[..., Any]:
         model: Any = self
         self._graphs.look_again()
         return partial(self._graphs.step, model, otherwise)
 
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        """As of any module, which moves or converts it: graphs, and the memory they keep, are of no use then."""
+        vars(self).pop("_decoding_graphs", None)
+        return super()._apply(*args, **kwargs)
+
     @property
     def _graphs(self) -> DecodingGraphs:
         graphs: DecodingGraphs = vars(self).setdefault("_decoding_graphs", DecodingGraphs())
         return graphs
 
-    @staticmethod
-    def _may_step_by_graphs(asked: GenerationConfig, given: dict[str, Any]) -> bool:
-        is_static = getattr(given.get("past_key_values"), "is_compileable", False)
-        return is_static and asks_for_nothing_special(asked.compile_config) and not asked.disable_compile
+    def _may_step_by_graphs(self, asked: GenerationConfig, given: dict[str, Any]) -> bool:
+        if not may_serve(self) or asked.disable_compile or not asks_for_nothing_special(asked.compile_config):
+            return False
+        return getattr(given.get("past_key_values"), "is_compileable", False)
 
     def _reorders_in_place(self) -> bool:
         return self._reorder_cache is FlashT5Generative._reorder_cache
@@ -220,6 +221,22 @@ class FlashT5Generative(FlashT5EncoderDecoder, GenerationMixin):
         if isinstance(cache, EncoderDecoderCache):
             cache = cache.self_attention_cache
         return F.pad(attention_mask, (0, static_length(cache) - attention_mask.shape[1]), value=1)
+
+
+def is_open_choice(asked: GenerationConfig, given: dict[str, Any]) -> bool:
+    """Whether `generate` would take an empty cache that grows, as nobody asked for any, and return none."""
+    cache = given.get("past_key_values")
+    if given.keys() - {"attention_mask"} != {"encoder_outputs", "past_key_values", "use_cache"}:
+        return False
+    if type(cache) is not EncoderDecoderCache or getattr(cache, "_is_user_defined", False):
+        return False
+    if any(type(part) is not DynamicCache for part in (cache.self_attention_cache, cache.cross_attention_cache)):
+        return False
+    if asked.cache_implementation is not None or asked.return_dict_in_generate or asked.is_assistant:
+        return False
+    if asked.disable_compile or not asks_for_nothing_special(asked.compile_config):
+        return False
+    return encoded_of(given) is not None and cache.get_seq_length() == 0
 
 
 def asks_for_nothing_special(compile_config: CompileConfig | None) -> bool:

@@ -27,10 +27,10 @@ from model_parity import relative_error
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import CompileConfig
+from transformers import CompileConfig, GenerationMixin, LogitsProcessor, MaxLengthCriteria
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache, StaticCache
 
-from fat5.model import FlashT5ForConditionalGeneration, decoding_graphs, generation_flash_t5
+from fat5.model import decoding_graphs, generation_flash_t5
 from fat5.model.generation_flash_t5 import FEW_TOKENS
 
 pytestmark = needs_counting_caches
@@ -309,8 +309,10 @@ def of_adapters(model):
         ({"prompt_lookup_num_tokens": 2}, None),
         ({"decoder_attention_mask": torch.ones(3, 1, dtype=torch.long, device=DEVICE)}, None),
         ({"max_new_tokens": FEW_TOKENS - 1}, None),
+        ({"synced_gpus": True}, None),  # where one goes on for as long as another does
+        ({"custom_generate": lambda model, ids, **given: GenerationMixin._sample(model, ids, **given)}, None),
         ({}, "size"),
-        ({}, "reorder"),
+        ({"num_beams": 2}, "reorder"),
         ({}, train),
         ({}, hook),
         ({}, of_adapters),
@@ -322,7 +324,7 @@ def test_generate_leaves_the_cache_as_it_is_in_transformers(options, change, mad
     """Where graphs would not serve, or somebody may look at the cache."""
     model = build(dropout_rate=0.0)
     if change == "size":
-        numbers = 3 * 6 * model.config.num_decoder_layers * 2 * model.config.num_heads * model.config.d_kv
+        numbers = 2 * 3 * 7 * model.config.num_decoder_layers * model.config.num_heads * model.config.d_kv
         monkeypatch.setattr(generation_flash_t5, "MOST_BYTES", 4 * numbers - 1)
     elif change == "reorder":
         monkeypatch.setattr(type(model), "_reorder_cache", lambda self, cache, order: cache.reorder_cache(order))
@@ -331,9 +333,86 @@ def test_generate_leaves_the_cache_as_it_is_in_transformers(options, change, mad
     rows = {name: x for name, x in draw().items() if name in ("input_ids", "attention_mask")}
     if "prompt_lookup_num_tokens" in options:
         rows = {name: x[:1] for name, x in rows.items()}
-    monkeypatch.setattr(FlashT5ForConditionalGeneration, "_prepare_static_cache", None)
+    monkeypatch.setattr(generation_flash_t5, "StaticCache", None)
+    monkeypatch.setattr(GenerationMixin, "_has_unfinished_sequences", lambda self, done, *_, **__: not done)
     model.generate(**rows, **{"max_new_tokens": 6, "do_sample": False, **options})
     assert not made
+
+
+@torch.no_grad()
+def test_the_cache_is_as_long_as_the_call(made):
+    """Whatever a call before asked for, and whatever criterion says how long it is."""
+    model = build()
+    given = {name: x for name, x in draw().items() if name in ("input_ids", "attention_mask")}
+    for tokens in (40, 6):
+        model.generate(**given, max_new_tokens=tokens, min_new_tokens=tokens)
+    lengths = [layers[-1] for layers in model._decoding_graphs._graphs if layers[0] == "first"]
+    options = {"stopping_criteria": [MaxLengthCriteria(31)], "min_new_tokens": 30}  # beyond the 20 of the configuration
+    expected = model.generate(**given, **options, cache_implementation="dynamic")
+    assert expected.shape[1] == 31
+    assert torch.equal(model.generate(**given, **options), expected)
+    assert lengths == [37, 37]
+    own = [layers[4] for layers in model._decoding_graphs._graphs if layers[0] == "first"]
+    assert own == [40, 6, 30]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cache", [None, "static"])
+def test_layers_of_several_dtypes(cache, made):
+    model = build().bfloat16()
+    model.decoder.block[0].self_attention_layer.float()
+    given = {name: x for name, x in draw().items() if name in ("input_ids", "attention_mask")}
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "compile_config": COMPILE}
+    expected = model.generate(**given, **options, cache_implementation="dynamic")
+    for _ in range(3):
+        got = model.generate(**given, **options, cache_implementation=cache)
+        assert torch.equal(got[:, :3], expected[:, :3])  # later ones may differ by what bf16 rounds
+    assert len(made) == 1  # of later steps alone
+
+
+def test_what_is_kept_has_no_history(made):
+    model = build()
+    inputs = {name: x for name, x in draw().items() if name in ("input_ids", "attention_mask")}
+    encoded = model.encoder(**inputs, return_dict=True)
+    assert encoded.last_hidden_state.requires_grad
+    for _ in range(2):
+        model.generate(encoder_outputs=encoded, attention_mask=inputs["attention_mask"], max_new_tokens=6)
+    kept = [
+        x
+        for graphs in model._decoding_graphs._graphs.values()
+        for graph in graphs.values()
+        for x in graph.inputs.values()
+    ]
+    assert len(kept) == 5
+    assert not any(x.requires_grad for x in kept)
+
+
+@torch.no_grad()
+def test_another_stream_does_not_take_turns(made):
+    model = build()
+    given = {name: x for name, x in draw().items() if name in ("input_ids", "attention_mask")}
+    seen = []
+
+    class Look(LogitsProcessor):
+        def __call__(self, ids, scores):
+            graphs = model._decoding_graphs
+            state = graphs._state or next(iter(graphs._expected.values()))
+            seen.append((graphs.are_free_for(state), graphs.are_free_for((*state[:-1], object()))))
+            return scores
+
+    model.generate(**given, max_new_tokens=6, min_new_tokens=6, logits_processor=[Look()])
+    assert set(seen) == {(True, False)}
+    graphs = model._decoding_graphs
+    assert graphs.are_free_for((*graphs._state[:-1], object()))
+
+
+@torch.no_grad()
+def test_a_model_that_is_moved_keeps_no_graphs(made):
+    model = build()
+    check(model, draw())
+    assert "_decoding_graphs" in vars(model)
+    model.to(DEVICE)
+    assert "_decoding_graphs" not in vars(model)
 
 
 @torch.no_grad()
