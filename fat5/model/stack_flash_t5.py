@@ -75,7 +75,7 @@ class FlashT5Stack(nn.Module, ModuleUtilsMixin):
 
         Where the kernels serve, it runs on the real tokens alone, `[1, T, D]` from the first layer to the last,
         whatever the mask, unless a cache already holds tokens, or a graph is compiled or captured. What it returns is
-        padded again, with zeros.
+        padded again, with zeros. On "fat5" without kernels, as on a CPU, so does an encoder, but for attention itself.
 
         So do the kernels of attention, unless its bias needs the distances of the padded rows: T5's and ALiBi's between
         tokens with padding among them (holes in a mask), and every bias that is a matrix (FIRE, asymmetric ALiBi, T5's
@@ -170,6 +170,14 @@ class FlashT5Stack(nn.Module, ModuleUtilsMixin):
         """Whether the kernels serve states of this kind, so that the stack may run without padding."""
         return kernels_take(implementation or self.config._attn_implementation, device, dtype, self.config.d_kv)
 
+    @staticmethod
+    def _may_pack_all_but_attention(cross: Rows | None, segments: Segments | None, implementation: str | None) -> bool:
+        """Whether an encoder without kernels may run without padding, but for attention in the rows as they came.
+
+        That is on a CPU, say, where products, in proportion to their rows, take most of the time.
+        """
+        return implementation == "fat5" and cross is None and segments is None
+
     def _lay_out(
         self,
         inputs_embeds: torch.Tensor,
@@ -188,10 +196,12 @@ class FlashT5Stack(nn.Module, ModuleUtilsMixin):
         biased = config.position_encoding_type in ("t5", "ALiBi", "FIRE")
         mask.dense_bias = config.has_dense_bias or (biased and mask.drawn is not None)
         of_keys = mask.matrix is None and cross_matrix is None
-        if of_keys and self.may_pack(device, dtype, implementation) and is_new(past_key_values):
+        by_kernels = self.may_pack(device, dtype, implementation)
+        may_pack = by_kernels or self._may_pack_all_but_attention(cross, segments, implementation)
+        if of_keys and may_pack and is_new(past_key_values):
             packed = pack_stack(Rows((batch, length), mask.key_mask, segments), cross, device)
         # of packed tokens the kernels take no matrix, and count distances between those that are there
-        in_rows = packed is None or mask.dense_bias or (biased and not packed.queries.neighbours)
+        in_rows = packed is None or not by_kernels or mask.dense_bias or (biased and not packed.queries.neighbours)
         if in_rows:
             mask.prepare(implementation, dtype, config.d_kv)
         places = mask.places()[0] if config.position_encoding_type == "RoPE" else None

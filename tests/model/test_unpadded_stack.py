@@ -217,6 +217,25 @@ def test_no_kind_of_positions_computes_padding(position, kind):
             assert error < 5e-5 * gradient_scale(name, dict(eager.named_parameters())), name
 
 
+@pytest.mark.parametrize("position", KINDS)
+@pytest.mark.parametrize("kind", ["right", "left", "holes", "none"])
+def test_an_encoder_without_kernels_computes_padding_in_attention_alone(position, kind, kernels, monkeypatch):
+    monkeypatch.setattr(fat5.model.attention_mask, "kernels_serve", lambda _: False)
+    eager, fused = (kind_model(position, implementation) for implementation in ("eager", "fat5"))
+    inputs, (real, _) = masked(kind)
+    seen = tokens_of(fused)
+    (output, grads), (expected, expected_grads) = gradients(fused, inputs), gradients(eager, inputs)
+    assert (seen["encoder"], seen["decoder"]) == (real, 3 * 13)
+    encoded, _ = real_tokens(inputs)
+    for ours, its in zip(output.encoder_hidden_states, expected.encoder_hidden_states, strict=True):
+        assert relative_error(ours[encoded], its[encoded]) < 1e-5
+    assert relative_error(output.loss, expected.loss) < 1e-5
+    for name, weight in eager.named_parameters():
+        if weight.requires_grad and not name.endswith("mlp.2.bias"):
+            error = (grads[name] - expected_grads[name]).abs().max()
+            assert error < 5e-5 * gradient_scale(name, dict(eager.named_parameters())), name
+
+
 @pytest.mark.parametrize(("position", "in_rows"), [("none", False), ("rope", False), ("t5", True), ("alibi", True)])
 def test_attention_itself_goes_back_to_rows_only_for_distances(position, in_rows, monkeypatch):
     """With holes in a mask, and where positions are a bias; rotary ones are counted in the rows beforehand."""
