@@ -144,10 +144,13 @@ def test_a_signal_at_any_moment_ends_the_writing(times: int, tmp_path: Path) -> 
     chance = random.Random(times)
     faulthandler.dump_traceback_later(300, exit=True)
     try:
-        stopped = sum(interrupted(chance.uniform(5e-4, 1.5e-2), tmp_path) for _ in range(times))
+        start = time.perf_counter()
+        assert not interrupted(60, tmp_path)
+        whole = time.perf_counter() - start  # which a first time is longer
+        stopped = sum(interrupted(chance.uniform(1e-4, whole), tmp_path) for _ in range(times))
     finally:
         faulthandler.cancel_dump_traceback_later()
-    assert stopped > times / 10
+    assert stopped > 0  # how many, is the machine's affair
 
 
 @pytest.mark.parametrize("threads", [1, 2, 7])
