@@ -78,6 +78,11 @@ def draw(padding="right", **lengths):
     return {name: x.to(DEVICE) for name, x in batch(padding, **lengths).items()}
 
 
+def of_encoder(inputs):
+    """What the encoder reads of a batch, and so what `generate` is called with."""
+    return {name: inputs[name] for name in ("input_ids", "attention_mask")}
+
+
 def begin(model, inputs, cache=None):
     """What `generate` has after the first token."""
     encoder = model.encoder(inputs["input_ids"], attention_mask=inputs["attention_mask"], return_dict=True)

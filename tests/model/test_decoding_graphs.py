@@ -21,6 +21,7 @@ from decoding_steps import (
     count_captures,
     draw,
     needs_counting_caches,
+    of_encoder,
     step,
 )
 from model_parity import relative_error
@@ -129,7 +130,7 @@ def test_what_is_changed_counts(change, anew, made):
     given = begin(model, inputs)
     continued(model, given, ids[:, 1:3])
     change(model)
-    expected = model(**{n: inputs[n] for n in ("input_ids", "attention_mask")}, decoder_input_ids=ids[:, :6]).logits
+    expected = model(**of_encoder(inputs), decoder_input_ids=ids[:, :6]).logits
     model.get_compiled_call(None)  # as `generate` does once
     given["past_key_values"].reset()
     given["past_key_values"]._is_user_defined = True  # so does it
@@ -256,7 +257,7 @@ def test_a_copy_of_the_model_has_graphs_of_its_own(made):
 @torch.no_grad()
 def test_generate_takes_graphs_unless_compile_is_asked_for_something_else(made):
     model, inputs = build(), draw()
-    given = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    given = of_encoder(inputs)
     options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
     expected = model.generate(**given, **options, cache_implementation="dynamic")
     for _ in range(2):
@@ -276,7 +277,7 @@ def test_generate_takes_graphs_unless_compile_is_asked_for_something_else(made):
 @pytest.mark.parametrize("sample", [False, True])
 def test_generate_takes_graphs_by_itself(beams, sample, made):
     model = build()
-    given = {name: x for name, x in draw().items() if name in ("input_ids", "attention_mask")}
+    given = of_encoder(draw())
     options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": sample, "num_beams": beams}
 
     def generate(**others):
@@ -330,7 +331,7 @@ def test_generate_leaves_the_cache_as_it_is_in_transformers(options, change, mad
         monkeypatch.setattr(type(model), "_reorder_cache", lambda self, cache, order: cache.reorder_cache(order))
     elif change is not None:
         model = change(model) or model
-    rows = {name: x for name, x in draw().items() if name in ("input_ids", "attention_mask")}
+    rows = of_encoder(draw())
     if "prompt_lookup_num_tokens" in options:
         rows = {name: x[:1] for name, x in rows.items()}
     monkeypatch.setattr(generation_flash_t5, "StaticCache", None)
@@ -343,7 +344,7 @@ def test_generate_leaves_the_cache_as_it_is_in_transformers(options, change, mad
 def test_the_cache_is_as_long_as_the_call(made):
     """Whatever a call before asked for, and whatever criterion says how long it is."""
     model = build()
-    given = {name: x for name, x in draw().items() if name in ("input_ids", "attention_mask")}
+    given = of_encoder(draw())
     for tokens in (40, 6):
         model.generate(**given, max_new_tokens=tokens, min_new_tokens=tokens)
     lengths = [layers[-1] for layers in model._decoding_graphs._graphs if layers[0] == "first"]
@@ -361,7 +362,7 @@ def test_the_cache_is_as_long_as_the_call(made):
 def test_layers_of_several_dtypes(cache, made):
     model = build().bfloat16()
     model.decoder.block[0].self_attention_layer.float()
-    given = {name: x for name, x in draw().items() if name in ("input_ids", "attention_mask")}
+    given = of_encoder(draw())
     options = {"max_new_tokens": 6, "min_new_tokens": 6, "compile_config": COMPILE}
     expected = model.generate(**given, **options, cache_implementation="dynamic")
     for _ in range(3):
@@ -372,7 +373,7 @@ def test_layers_of_several_dtypes(cache, made):
 
 def test_what_is_kept_has_no_history(made):
     model = build()
-    inputs = {name: x for name, x in draw().items() if name in ("input_ids", "attention_mask")}
+    inputs = of_encoder(draw())
     encoded = model.encoder(**inputs, return_dict=True)
     assert encoded.last_hidden_state.requires_grad
     for _ in range(2):
@@ -390,7 +391,7 @@ def test_what_is_kept_has_no_history(made):
 @torch.no_grad()
 def test_another_stream_does_not_take_turns(made):
     model = build()
-    given = {name: x for name, x in draw().items() if name in ("input_ids", "attention_mask")}
+    given = of_encoder(draw())
     seen = []
 
     class Look(LogitsProcessor):
@@ -421,7 +422,7 @@ def test_first_steps_read_the_inputs_of_their_call(padding, made):
     model = build()
     options = {"max_new_tokens": 5, "min_new_tokens": 5, "output_logits": True, "return_dict_in_generate": True}
     for call in range(4):
-        given = {name: x for name, x in draw(padding).items() if name in ("input_ids", "attention_mask")}
+        given = of_encoder(draw(padding))
         if call == 3:
             given["attention_mask"][0, 2:6] = 0
         expected = model.generate(**given, **options)
@@ -436,7 +437,7 @@ def test_first_steps_read_the_inputs_of_their_call(padding, made):
 @pytest.mark.parametrize(("why", "places"), [("prompt", 1), ("cache of the user's", 3), ("large cache", 3)])
 def test_first_steps_without_a_graph(why, places, made, monkeypatch):
     model = build()
-    given = {name: x for name, x in draw().items() if name in ("input_ids", "attention_mask")}
+    given = of_encoder(draw())
     options = {"max_new_tokens": 5, "min_new_tokens": 5}
     if why == "prompt":
         given["decoder_input_ids"] = draw()["decoder_input_ids"][:, :3]
@@ -462,7 +463,7 @@ def test_first_steps_without_a_graph(why, places, made, monkeypatch):
 @pytest.mark.parametrize(("rows", "sample"), [(1, False), (3, False), (3, True)])
 def test_beams_take_graphs_unless_compiling_is_forbidden(rows, sample, made):
     model = build()
-    given = {name: x[:rows] for name, x in draw().items() if name in ("input_ids", "attention_mask")}
+    given = {name: x[:rows] for name, x in of_encoder(draw()).items()}
     options = {"max_new_tokens": 7, "min_new_tokens": 7, "num_beams": 4, "num_return_sequences": 3, "do_sample": sample}
     options |= {"return_dict_in_generate": True, "output_scores": True}
 
@@ -485,7 +486,7 @@ def test_beams_take_graphs_unless_compiling_is_forbidden(rows, sample, made):
 @torch.no_grad()
 def test_beams_with_attentions_are_stepped_as_they_are(made):
     model = build(attention="eager")
-    given = {name: x for name, x in draw().items() if name in ("input_ids", "attention_mask")}
+    given = of_encoder(draw())
     options = {"max_new_tokens": 4, "num_beams": 2, "return_dict_in_generate": True, "output_attentions": True}
     expected = model.generate(**given, **options)
     got = model.generate(**given, **options, cache_implementation="static")
@@ -498,7 +499,7 @@ def test_beams_with_attentions_are_stepped_as_they_are(made):
 @pytest.mark.parametrize("change", ["compile_config", "reorder"])
 def test_beams_that_graphs_do_not_fit_are_stepped_as_they_are(change, made, monkeypatch):
     model = build()
-    given = {name: x for name, x in draw().items() if name in ("input_ids", "attention_mask")}
+    given = of_encoder(draw())
     options = {"max_new_tokens": 5, "min_new_tokens": 5, "num_beams": 2}
     expected = model.generate(**given, **options, cache_implementation="dynamic")
     if change == "compile_config":
@@ -517,7 +518,7 @@ def test_beams_that_graphs_do_not_fit_are_stepped_as_they_are(change, made, monk
 
 def test_beams_with_a_growing_cache_wait_for_nobody():
     model = build()
-    given = {name: x for name, x in draw().items() if name in ("input_ids", "attention_mask")}
+    given = of_encoder(draw())
     options = {"max_new_tokens": 5, "num_beams": 2, "cache_implementation": "dynamic"}
     with ThreadPoolExecutor(1) as pool, decoding_graphs._lock:  # which others may hold for seconds
         tokens = pool.submit(model.generate, **given, **options).result(timeout=60)

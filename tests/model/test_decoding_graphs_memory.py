@@ -16,6 +16,7 @@ from decoding_steps import (
     count_captures,
     draw,
     needs_counting_caches,
+    of_encoder,
     step,
 )
 from model_parity import relative_error
@@ -63,7 +64,7 @@ def test_a_full_cache_is_left_to_say_so(made):
 @torch.no_grad()
 def test_longer_caches_and_training_in_between_cost_no_graph(made):
     model = build()
-    given = {name: x for name, x in draw().items() if name in ("input_ids", "attention_mask")}
+    given = of_encoder(draw())
     options = {"do_sample": False, "cache_implementation": "static", "compile_config": COMPILE}
     for tokens in (6, 6, 6, 9, 9, 9):
         model.generate(**given, **options, max_new_tokens=tokens, min_new_tokens=tokens)
@@ -138,7 +139,7 @@ def test_without_memory_for_a_graph_the_rest_is_left_to_compile(made, monkeypatc
 @torch.no_grad()
 def test_without_memory_for_a_first_step_it_is_done_as_it_is(made, monkeypatch):
     model = build()
-    given = {name: x for name, x in draw().items() if name in ("input_ids", "attention_mask")}
+    given = of_encoder(draw())
     options = {"max_new_tokens": 6, "min_new_tokens": 6}
     expected = model.generate(**given, **options, cache_implementation="dynamic")
 
@@ -228,7 +229,7 @@ def test_a_cache_that_somebody_holds_is_not_written_to():
 @torch.no_grad()
 def test_a_held_cache_keeps_its_memory_and_others_get_new(made):
     model = build()
-    given = {name: x for name, x in draw().items() if name in ("input_ids", "attention_mask")}
+    given = of_encoder(draw())
     options = {"max_new_tokens": 6, "min_new_tokens": 6, "cache_implementation": "static", "compile_config": COMPILE}
     held = model.generate(**given, **options, return_dict_in_generate=True)
     keys = held.past_key_values.self_attention_cache.layers[0].keys
