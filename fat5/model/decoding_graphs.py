@@ -14,26 +14,28 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import EncoderDecoderCache, StaticCache, StaticLayer
-from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
+from transformers.cache_utils import EncoderDecoderCache
+from transformers.modeling_outputs import Seq2SeqLMOutput
 
-from .fused_linear import is_untouched
+from .decoding_inputs import (
+    Facts,
+    initialise,
+    is_filled,
+    is_small,
+    layers_of,
+    places_of,
+    read_in_a_step,
+    shapes_of,
+    shapes_of_a_first_step,
+    with_copies,
+    writable_copies,
+)
+from .decoding_state import state_of
 from .ops_graph import rehearsal
-from .ops_operator import is_watched
 
 MOST_SHAPES = 16  # of first steps and of later ones
 MOST_GRAPHS = 4  # of the same shapes: one for each cache that is used at a time
-MOST_BYTES = 1 << 29  # of a cache that is moved; steps with larger ones take so long that a capture matters little
 ALIGNMENT = 512  # bytes, as torch's allocator aligns
-NAMES = {"decoder_input_ids", "encoder_outputs", "past_key_values", "use_cache", "return_dict"}
-PLAIN_CODE = ("torch.nn.modules.", "transformers.activations")
-"""Where the modules are from whose calls depend on nothing but their weights and input."""
-PLAIN = (int, float, str)
-
-STATIC_CACHES_COUNT = hasattr(StaticLayer(max_cache_len=1), "cumulative_length")
-"""Whether they count their tokens on the device, as in transformers 5, and not in Python."""
-
-Facts = tuple[Any, ...]
 
 _lock = threading.Lock()  # of all models: a capture is disturbed by what others free or wait for
 
@@ -43,7 +45,7 @@ class DecodingGraphs:
 
     A step of new shapes runs as it is, by the kernels of a graph, which are compiled by that; the next one is captured.
     A graph serves only where the cache lies that it was captured with. So the cache is moved before to memory that is
-    kept for that, and so are those of later calls of `generate`, unless the last is still in use.
+    kept for that, and so are those of later calls of `generate`; while somebody holds the last, in new memory.
     """
 
     def __init__(self) -> None:
@@ -144,7 +146,7 @@ class DecodingGraphs:
         layers = layers_of(cache)
         tensors = {(layer, name): getattr(layer, name) for layer in layers for name in ("keys", "values")}
         sizes = [-(-x.nbytes // ALIGNMENT) * ALIGNMENT for x in tensors.values()]
-        if sum(sizes) > MOST_BYTES or not all(x.is_contiguous() for x in tensors.values()):
+        if not is_small(sum(sizes)) or not all(x.is_contiguous() for x in tensors.values()):
             return False
         if self._memory is not None and layers[0].keys.data_ptr() == self._memory[0].data_ptr():
             return True
@@ -279,184 +281,3 @@ def with_free_memory(work: Callable[[], Any]) -> Any:
         pass
     torch.cuda.empty_cache()
     return work()
-
-
-def read_in_a_step(inputs: dict[str, Any]) -> dict[str, Tensor]:
-    """The tensors among the inputs that a step reads: the encoder's states only as long as no keys and values of them
-    are cached.
-    """
-    read = {name: inputs[name] for name in ("decoder_input_ids", "attention_mask") if inputs.get(name) is not None}
-    if not is_filled(inputs["past_key_values"]):
-        read["encoder_outputs"] = inputs["encoder_outputs"].last_hidden_state
-    return read
-
-
-def with_copies(inputs: dict[str, Any], copies: dict[str, Tensor]) -> dict[str, Any]:
-    """A step's inputs, with copies of what it reads."""
-    given = inputs | copies
-    if "encoder_outputs" in copies:
-        given["encoder_outputs"] = BaseModelOutput(last_hidden_state=copies["encoder_outputs"])
-    return given
-
-
-def writable_copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies to write to in and out of inference mode, which would also switch gradients on."""
-    with torch.inference_mode(False):
-        return {name: x.detach().clone() for name, x in tensors.items()}
-
-
-def shapes_of(inputs: dict[str, Any]) -> Facts | None:
-    """What a graph depends on beside the model and where the cache lies.
-
-    None for anything but a plain step without gradients: one token a row, and a static cache that holds some already.
-    """
-    if not is_plain_step(inputs) or not is_filled(inputs["past_key_values"]):
-        return None
-    layers = layers_of(inputs["past_key_values"])
-    return facts_of(*read_in_a_step(inputs).values(), encoded_of(inputs), layers[0].keys, layers[-1].keys)
-
-
-def shapes_of_a_first_step(inputs: dict[str, Any]) -> Facts | None:
-    """The same of a step that makes keys and values of the encoder's states."""
-    if not is_plain_step(inputs):
-        return None
-    cache = inputs["past_key_values"]
-    layers = layers_of(cache)
-    if any(cache.is_updated.values()) or any(layer.is_initialized for layer in layers):
-        return None
-    if getattr(cache, "_is_user_defined", False):
-        return None
-    facts = facts_of(*read_in_a_step(inputs).values())
-    return facts and ("first", *facts, *(layer.max_cache_len for layer in layers))
-
-
-def facts_of(*tensors: Tensor) -> Facts | None:
-    """What a graph depends on of the tensors that it reads, if they are on one device."""
-    if any(x.device != tensors[0].device for x in tensors):
-        return None
-    return tuple((x.shape, x.stride(), x.dtype, x.device) for x in tensors)
-
-
-def is_plain_step(inputs: dict[str, Any]) -> bool:
-    """Whether `generate` asks for one token a row, without gradients, and all that matters is known to a graph."""
-    if torch.is_grad_enabled() or is_watched() or inputs.keys() - {"attention_mask"} != NAMES:
-        return False
-    if inputs["decoder_input_ids"].shape[1] != 1 or not (inputs["use_cache"] and inputs["return_dict"]):
-        return False
-    cache = inputs["past_key_values"]
-    if encoded_of(inputs) is None or type(cache) is not EncoderDecoderCache:
-        return False
-    return is_plain_cache(cache.self_attention_cache) and is_plain_cache(cache.cross_attention_cache)
-
-
-def encoded_of(inputs: dict[str, Any]) -> Any:
-    """The encoder's states."""
-    return getattr(inputs["encoder_outputs"], "last_hidden_state", None)
-
-
-def is_filled(cache: EncoderDecoderCache) -> bool:
-    """Whether it holds keys and values of the encoder."""
-    return all(cache.is_updated.values()) and all(layer.is_initialized for layer in layers_of(cache))
-
-
-def initialise(cache: EncoderDecoderCache, model: Any, inputs: dict[str, Any]) -> bool:
-    """Allocate an empty cache, as its first tokens would, for a graph to find it so.
-
-    Not, and False, where it would be too large to be moved, or its layers are of several dtypes.
-    """
-    ids, config = inputs["decoder_input_ids"], model.config
-    dtype, *others = {x.dtype for x in weights_of_cached(model)}
-    numbers = 2 * len(ids) * config.num_heads * config.d_kv * sum(layer.max_cache_len for layer in layers_of(cache))
-    if others or numbers * dtype.itemsize > MOST_BYTES:
-        return False
-    for part in (cache.self_attention_cache, cache.cross_attention_cache):
-        part.early_initialization(len(ids), config.num_heads, config.d_kv, dtype, ids.device)
-    return True
-
-
-def weights_of_cached(model: Any) -> Iterator[Tensor]:
-    """Of the layers that make keys and values."""
-    for block in model.decoder.block:
-        for attention in (block.self_attention_layer.self_attention, block.cross_attention_layer.cross_attention):
-            yield attention.Wk.weight
-            yield attention.Wv.weight
-
-
-def is_plain_cache(cache: Any) -> bool:
-    """Whether a cache is static, no more than that, and counts its tokens, as in transformers 5."""
-    if type(cache) is not StaticCache or cache.offloading:
-        return False
-    return STATIC_CACHES_COUNT and all(type(layer) is StaticLayer for layer in cache.layers)
-
-
-def layers_of(cache: EncoderDecoderCache) -> list[Any]:
-    """The decoder's own, then those of what it reads."""
-    return [*cache.self_attention_cache.layers, *cache.cross_attention_cache.layers]
-
-
-def places_of(cache: EncoderDecoderCache) -> Iterator[int]:
-    """Where the tensors of a cache lie that a step reads or writes."""
-    for layer in layers_of(cache):
-        yield layer.keys.data_ptr()
-        yield layer.values.data_ptr()
-        yield layer.cumulative_length.data_ptr()
-
-
-def state_of(model: nn.Module) -> Facts | None:
-    """What a graph takes for given of a model: its modules, where its weights lie, its configuration, torch's settings.
-
-    None where a step cannot be captured, or may do more than the model's own code says: on devices without graphs, in
-    training, under autocast, with another attention, with positions other than T5's (some keep tensors that a graph
-    does not), with hooks, adapters, quantised, offloaded or compiled layers.
-    """
-    config: Any = model.config
-    device = next(model.parameters()).device
-    if not has_graphs(device) or torch.is_autocast_enabled(device.type):
-        return None
-    if config._attn_implementation != "fat5" or config.position_encoding_type not in ("t5", "none"):
-        return None
-    if config.output_hidden_states:
-        return None
-    own_code = __name__.rpartition(".")[0] + "."
-    modules, places = [], []
-    for module in modules_of_a_step(model):
-        kind = type(module)
-        if not f"{kind.__module__}.".startswith((own_code, *PLAIN_CODE)):
-            return None
-        in_training = module.training and kind not in (nn.Linear, nn.Embedding)  # to which it makes no difference
-        if in_training or module._compiled_call_impl is not None or not is_untouched(module, kind):
-            return None
-        # epsilons, say; and not by `int | float | str`, which takes as long to form as all else here
-        numbers = [x for name, x in vars(module).items() if isinstance(x, PLAIN) and not name.startswith("_")]
-        modules.append((id(module), kind, numbers))
-        for x in (*module._parameters.values(), *module._buffers.values()):
-            if x is None:
-                continue
-            if type(x) not in (nn.Parameter, Tensor) or x.device != device:
-                return None
-            places.append((x.data_ptr(), x.dtype, x.shape, x.stride()))
-    settings = torch.are_deterministic_algorithms_enabled(), torch.backends.cuda.matmul.fp32_precision
-    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None  # graphs share memory, in turns
-    return modules, places, config.to_dict(), settings, stream
-
-
-def modules_of_a_step(model: nn.Module) -> Iterator[nn.Module]:
-    """The model and what it holds, but for the encoder; in a third of the time of `model.modules()`."""
-    left = [model]
-    while left:
-        module = left.pop()
-        yield module
-        parts = module._modules.items()
-        left.extend(x for name, x in parts if x is not None and not (module is model and name == "encoder"))
-
-
-def may_serve(model: Any) -> bool:
-    """Whether there are graphs where a model lies."""
-    return has_graphs(model.device)
-
-
-def has_graphs(device: torch.device) -> bool:
-    """Whether it is a GPU, that on which this thread works, and torch's own allocator gives its memory."""
-    if device.type != "cuda" or device.index != torch.cuda.current_device():
-        return False
-    return torch.cuda.get_allocator_backend() == "native"

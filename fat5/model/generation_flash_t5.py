@@ -15,15 +15,9 @@ from transformers import (
 )
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache, StaticCache
 
-from .decoding_graphs import (
-    MOST_BYTES,
-    STATIC_CACHES_COUNT,
-    DecodingGraphs,
-    encoded_of,
-    is_plain_cache,
-    may_serve,
-    state_of,
-)
+from .decoding_graphs import DecodingGraphs
+from .decoding_inputs import STATIC_CACHES_COUNT, encoded_of, is_plain_cache, is_small
+from .decoding_state import may_serve, state_of
 from .encoder_decoder_flash_t5 import FlashT5EncoderDecoder
 from .ops_operator import is_watched
 from .stack_flash_t5 import static_length
@@ -156,7 +150,7 @@ class FlashT5Generative(FlashT5EncoderDecoder, GenerationMixin):
         if longest is None or longest - begun < FEW_TOKENS:
             return False
         width = self.config.num_heads * self.config.d_kv
-        if 2 * rows * longest * self.config.num_decoder_layers * width * self.dtype.itemsize > MOST_BYTES:
+        if not is_small(2 * rows * longest * self.config.num_decoder_layers * width * self.dtype.itemsize):
             return False
         state = state_of(self)
         if state is None or not self._graphs.are_free_for(state):

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from .attention_mask import AttentionMask as AttentionMask
     from .constant_tensors import kept as kept
     from .decoding_graphs import DecodingGraphs as DecodingGraphs
+    from .decoding_inputs import shapes_of as shapes_of
+    from .decoding_state import state_of as state_of
     from .flash_attention import flash_attention as flash_attention
     from .fused_attention import fused_attention as fused_attention
     from .fused_linear import fused_linear as fused_linear

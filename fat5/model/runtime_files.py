@@ -22,6 +22,8 @@ RUNTIME_FILES = (
     "attention_layout.py",
     "constant_tensors.py",
     "decoding_graphs.py",
+    "decoding_inputs.py",
+    "decoding_state.py",
     "flash_attention.py",
     "fused_attention.py",
     "fused_linear.py",

@@ -8,7 +8,7 @@ from model_parity import batch, build_flash, build_stock, relative_error
 from transformers import CompileConfig
 from transformers.cache_utils import EncoderDecoderCache, StaticCache, StaticLayer
 
-from fat5.model import decoding_graphs
+from fat5.model import decoding_graphs, decoding_inputs, decoding_state
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
@@ -39,16 +39,16 @@ class Replays:
         assert not pool.is_gone
         pool.graphs += 1
         weakref.finalize(self, pool.leave)
-        self.inputs = decoding_graphs.writable_copies(decoding_graphs.read_in_a_step(inputs))
+        self.inputs = decoding_inputs.writable_copies(decoding_inputs.read_in_a_step(inputs))
         self.model, self.encoded = model, inputs["encoder_outputs"]
-        self.places = list(decoding_graphs.places_of(inputs["past_key_values"]))
+        self.places = list(decoding_inputs.places_of(inputs["past_key_values"]))
 
     def replay(self, inputs):
         """The model's output, where the graph would find the cache that it was captured with."""
-        assert list(decoding_graphs.places_of(inputs["past_key_values"])) == self.places
-        for name, x in decoding_graphs.read_in_a_step(inputs).items():
+        assert list(decoding_inputs.places_of(inputs["past_key_values"])) == self.places
+        for name, x in decoding_inputs.read_in_a_step(inputs).items():
             self.inputs[name].copy_(x)
-        return self.model(**decoding_graphs.with_copies(inputs | {"encoder_outputs": self.encoded}, self.inputs))
+        return self.model(**decoding_inputs.with_copies(inputs | {"encoder_outputs": self.encoded}, self.inputs))
 
 
 def count_captures(monkeypatch):
@@ -62,7 +62,7 @@ def count_captures(monkeypatch):
 
     monkeypatch.setattr(decoding_graphs, "_CapturedStep", capture)
     if not ON_GPU:
-        monkeypatch.setattr(decoding_graphs, "has_graphs", lambda device: True)
+        monkeypatch.setattr(decoding_state, "has_graphs", lambda device: True)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda: torch.Stream("cpu"))
         monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
         monkeypatch.setattr(torch.cuda, "graph_pool_handle", Pool)

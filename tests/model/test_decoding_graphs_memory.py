@@ -21,7 +21,7 @@ from decoding_steps import (
 )
 from model_parity import relative_error
 
-from fat5.model import decoding_graphs
+from fat5.model import decoding_graphs, decoding_inputs
 
 pytestmark = needs_counting_caches
 
@@ -144,8 +144,8 @@ def test_without_memory_for_a_first_step_it_is_done_as_it_is(made, monkeypatch):
     expected = model.generate(**given, **options, cache_implementation="dynamic")
 
     def fail(model, inputs, *_):
-        model(**decoding_graphs.with_copies(inputs, decoding_graphs.read_in_a_step(inputs)))  # as it is captured
-        layers = decoding_graphs.layers_of(inputs["past_key_values"])
+        model(**decoding_inputs.with_copies(inputs, decoding_inputs.read_in_a_step(inputs)))  # as it is captured
+        layers = decoding_inputs.layers_of(inputs["past_key_values"])
         for layer in layers:  # which computes nothing
             layer.keys.zero_()
             layer.cumulative_length.sub_(layer.cumulative_length)
@@ -162,8 +162,8 @@ def test_without_memory_for_a_first_step_it_is_done_as_it_is(made, monkeypatch):
 def test_a_large_cache_and_one_of_the_users_stay_where_they_are(monkeypatch):
     model, inputs = build(), draw()
     check(model, inputs)
-    for lasting, most in ((False, 0), (True, decoding_graphs.MOST_BYTES), (False, decoding_graphs.MOST_BYTES)):
-        monkeypatch.setattr(decoding_graphs, "MOST_BYTES", most)
+    for lasting, most in ((False, 0), (True, decoding_inputs.MOST_BYTES), (False, decoding_inputs.MOST_BYTES)):
+        monkeypatch.setattr(decoding_inputs, "MOST_BYTES", most)
         given = begin(model, inputs)
         given["past_key_values"]._is_user_defined = lasting
         keys = given["past_key_values"].self_attention_cache.layers[0].keys
