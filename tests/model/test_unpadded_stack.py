@@ -223,9 +223,11 @@ def test_an_encoder_without_kernels_computes_padding_in_attention_alone(position
     monkeypatch.setattr(fat5.model.attention_mask, "kernels_serve", lambda _: False)
     eager, fused = (kind_model(position, implementation) for implementation in ("eager", "fat5"))
     inputs, (real, _) = masked(kind)
-    seen = tokens_of(fused)
+    seen, calls = tokens_of(fused), []
+    monkeypatch.setitem(ATTENTION_FUNCTIONS, "fat5", lambda *args: calls.append(args[0].shape) or sdpa_attention(*args))
     (output, grads), (expected, expected_grads) = gradients(fused, inputs), gradients(eager, inputs)
     assert (seen["encoder"], seen["decoder"]) == (real, 3 * 13)
+    assert calls == [(3, 4, 21, 6)] * 2 + [(3, 4, 13, 6)] * 4  # encoder, decoder and across
     encoded, _ = real_tokens(inputs)
     for ours, its in zip(output.encoder_hidden_states, expected.encoder_hidden_states, strict=True):
         assert relative_error(ours[encoded], its[encoded]) < 1e-5
