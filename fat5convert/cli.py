@@ -282,7 +282,7 @@ def _say_plan(plan: Plan, rounding: dict[str, dict[str, float]]) -> None:
     if lossy:
         name, error = next(iter(lossy.items()))
         rms = max(item["rms_relative"] for item in lossy.values())
-        line += f"; rounding errors up to {error['max_relative']:.2e} ({name}), RMS {rms:.2e}"
+        line += f"; relative rounding errors up to {error['max_relative']:.2e} ({name}), RMS {rms:.2e}"
     click.echo(line)
 
 

@@ -155,7 +155,7 @@ def _memory(recipe: Recipe, args: TrainingArguments, parameters: int) -> str:
         there = torch.cuda.get_device_properties(args.device).total_memory
     else:
         there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    what = f"{_size(needed)} for weights, gradients and optimizer ({each} bytes a parameter), {_size(there)} in all"
+    what = f"{_size(needed)} for weights, gradients and optimizer ({each} bytes a parameter), of {_size(there)} there"
     if needed > there:
         raise TrainingError(
             f"memory: {what}; take training.precision=bf16_kahan, training.parallel=fsdp on more GPUs, or a smaller"

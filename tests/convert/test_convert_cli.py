@@ -104,7 +104,7 @@ def test_quiet(flan: Path, tmp_path: Path) -> None:
 def test_the_summary_has_four_lines_for_a_lossy_dtype_too(flan: Path, tmp_path: Path) -> None:
     output = run(flan, tmp_path / "out", "--dtype", "float16").output.splitlines()
     assert len(output) == 4
-    assert "rounding errors up to" in output[1]
+    assert "relative rounding errors up to" in output[1]
     assert "rounding moves logits by" in output[2]
 
 
